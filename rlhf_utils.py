@@ -1,0 +1,560 @@
+"""What runs next to the weights: inside the training actors and inside the vLLM workers that share their GPUs.
+
+Trainer side   `checkpoint_tensors` names a model's weights as its checkpoint does, `export_handles` turns them into a
+               message of plain data (numbers, strings, bytes).
+Worker side    `open_handles` maps that message back into tensors, without copying; `ColocateWorkerExtension` checks it
+               against what the engine's model expects, loads it through vLLM's own loaders, and proves that every
+               element arrived at its place.
+Both sides     `digest`, a 64-bit fingerprint of a tensor's bits, and `device_uuid`, the name of the GPU.
+
+Copy this file into your trainer as it is: it imports torch, and vLLM and Ray inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Integer types of the same width, to compare and to hash bits instead of values: NaN equals itself, -0.0 is not 0.0.
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.int16),
+        *(torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
+    )
+}
+
+
+class HandleError(ValueError):
+    """A message of handles that must not be loaded: the text names the tensor, what was found and what was needed."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both sides
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def device_uuid(device: torch.device) -> str:
+    """The GPU's name that is the same in every process, whatever CUDA_VISIBLE_DEVICES says.
+
+    In the rehearsal (CPU), Ray's logical GPU takes its place.
+    """
+    if device.type == "cuda":
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    import ray
+
+    return "logical-gpu-" + ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """64-bit fingerprint of a tensor's bits as 16 hex digits, computed on its device.
+
+    Each 8-byte word is mixed with its position by the finalizer of splitmix64 (Steele, Lea, Flood 2014) and the
+    results are added up modulo 2**64: independent of the order of the additions, so it can run in parallel, but a
+    flipped bit or two swapped words change it. Takes 32 MiB of scratch memory whatever the tensor's size.
+    """
+    raw = tensor.detach().reshape(-1)
+    raw = raw.view(torch.uint8) if raw.numel() else raw.new_empty(0, dtype=torch.uint8)
+    if raw.storage_offset() % 8:  # an 8-byte view needs alignment
+        raw = raw.clone()
+    whole = raw.numel() // 8 * 8
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    position = 0
+    for words in (*raw[:whole].view(torch.int64).split(1 << 20), raw[whole:].to(torch.int64)):
+        x = torch.arange(position + 1, position + 1 + words.numel(), device=raw.device)
+        x.mul_(-7046029254386353131).add_(words)  # 0x9E3779B97F4A7C15 as a signed number, likewise below
+        x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(-4658895280553007687)
+        x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(-7723592293110705685)
+        x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
+        total += x.sum()
+        position += words.numel()
+    return f"{int(total) & (1 << 64) - 1:016x}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainer side: weights -> handles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers model's weights under the names that its checkpoint gives them, as views (no copies).
+
+    Tied weights come once. transformers 5 keeps all experts of a layer in two 3-D parameters, `gate_up_proj`
+    (experts, 2 * intermediate, hidden) and `down_proj` (experts, hidden, intermediate); vLLM's loaders want them apart.
+    """
+    mixtral = getattr(model.config, "model_type", "") == "mixtral"
+    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if mixtral:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, _, leaf = name.rpartition(".")
+        if tensor.dim() == 3 and leaf == "gate_up_proj":
+            for e, (w_gate, w_up) in enumerate(zip(*tensor.chunk(2, dim=1), strict=True)):
+                yield f"{prefix}.{e}.{gate}.weight", w_gate
+                yield f"{prefix}.{e}.{up}.weight", w_up
+        elif tensor.dim() == 3 and leaf == "down_proj":
+            for e, w_down in enumerate(tensor):
+                yield f"{prefix}.{e}.{down}.weight", w_down
+        else:
+            yield name, tensor
+
+
+def share_memory(model: torch.nn.Module) -> None:
+    """Move a CPU model's parameters into one block of shared memory, so that handles can name it (rehearsal only).
+
+    The block is a memfd: it has no name in /dev/shm and is gone with its last user, however that one ends. On a GPU
+    nothing is moved: CUDA's allocations can be shared as they are.
+    """
+    parameters = list(model.parameters())
+    starts = [0]
+    for p in parameters:
+        starts.append(starts[-1] + -(-p.nbytes // 64) * 64)
+    fd = os.memfd_create("rlhf-weights")  # stays open: the other processes reach the memory through it
+    path = f"/proc/{os.getpid()}/fd/{fd}"
+    block = torch.from_file(path, shared=True, size=starts[-1], dtype=torch.uint8)
+    for p, start in zip(parameters, starts, strict=False):
+        target = block[start : start + p.nbytes].view(p.dtype).view(p.shape)
+        p.data = target.copy_(p.data)
+
+
+def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
+    """Describe tensors so that another process on the same GPU (CPU: same host) can map them.
+
+    Returns plain data that any serializer carries: {"storages": [{...}], "weights": [{"name", "dtype", "shape",
+    "stride", "offset", "storage"}]}, strides and offsets in elements. Each storage is exported once, however many
+    tensors view it, because the receiver may open one export only once (torch counts references per export).
+    The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
+    Waits for the device: everything launched before this call is in the tensors when it returns.
+    """
+    storages: list[dict] = []
+    index: dict[int, int] = {}
+    weights = []
+    for name, tensor in named_tensors:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in index:
+            index[key] = len(storages)
+            storages.append(_export_storage(storage))
+        weights.append(
+            {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+                "offset": tensor.storage_offset(),
+                "storage": index[key],
+            }
+        )
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return {"storages": storages, "weights": weights}
+
+
+def _export_storage(storage: torch.UntypedStorage) -> dict:
+    # The fields are those of torch.multiprocessing.reductions.reduce_tensor, less its classes and callables:
+    # https://github.com/pytorch/pytorch/blob/main/torch/multiprocessing/reductions.py
+    if storage.nbytes() == 0:
+        return {"kind": "empty", "nbytes": 0}
+    if storage.device.type == "cuda":
+        fields = storage._share_cuda_()
+        names = ("device", "handle", "nbytes", "offset", "ref_handle", "ref_offset", "event", "event_sync")
+        return {"kind": "cuda", **dict(zip(names, fields, strict=True))}
+    if not storage.filename:
+        raise HandleError("found a CPU tensor in private memory, needed shared memory: call share_memory(model) first")
+    return {"kind": "cpu", "path": storage.filename, "nbytes": storage.nbytes()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker side: handles -> tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Map an exported message as {name: tensor} on `device`; unmap on leaving. No bytes are copied.
+
+    Raises HandleError, before anything is mapped, for a description that does not fit into its storage.
+    """
+    for w in message["weights"]:
+        _check_extent(w, message["storages"])
+    storages = [_open_storage(s, device) for s in message["storages"]]
+    tensors = {
+        w["name"]: torch.empty(0, dtype=DTYPES[w["dtype"]], device=device).set_(
+            storages[w["storage"]], w["offset"], w["shape"], w["stride"]
+        )
+        for w in message["weights"]
+    }
+    try:
+        yield tensors
+        if device.type == "cuda":
+            # All reads must be over before the mapping goes and before the trainer hears that it may write again.
+            torch.cuda.synchronize(device)
+    finally:
+        tensors.clear()
+        storages.clear()
+        if device.type == "cuda":
+            torch.cuda.ipc_collect()
+
+
+def _check_extent(weight: dict, storages: list[dict]) -> None:
+    name, shape, stride = weight["name"], weight["shape"], weight["stride"]
+    if weight["dtype"] not in DTYPES:
+        raise HandleError(f"{name}: found dtype {weight['dtype']!r}, needed one of {', '.join(DTYPES)}")
+    if len(shape) != len(stride) or min([*shape, *stride, weight["offset"]], default=0) < 0:
+        raise HandleError(f"{name}: found shape {shape}, stride {stride}, offset {weight['offset']}")
+    if not 0 <= weight["storage"] < len(storages):
+        raise HandleError(f"{name}: found storage {weight['storage']}, needed one of {len(storages)}")
+    last = weight["offset"] + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    end = (last + 1) * DTYPES[weight["dtype"]].itemsize if 0 not in shape else 0
+    nbytes = storages[weight["storage"]]["nbytes"]
+    if end > nbytes:
+        raise HandleError(f"{name}: found a tensor that ends at byte {end} of a storage of {nbytes}")
+
+
+def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
+    if s["kind"] == "empty":
+        return torch.UntypedStorage(0, device=device)
+    if s["kind"] != device.type:
+        raise HandleError(f"found a handle to {s['kind']} memory, needed {device.type}")
+    if s["kind"] == "cpu":
+        if not re.fullmatch(r"/proc/\d+/fd/\d+", s["path"]) or not os.path.exists(s["path"]):
+            raise HandleError(f"found no shared memory at {s['path']!r}: has the trainer ended?")
+        if (size := os.path.getsize(s["path"])) < s["nbytes"]:
+            raise HandleError(f"found {size} bytes of shared memory, needed {s['nbytes']}")
+        return torch.UntypedStorage.from_file(s["path"], True, s["nbytes"])
+    torch.cuda._lazy_init()
+    # The sender's device index means nothing here: this worker may see more GPUs, or in another order.
+    fields = (s["handle"], s["nbytes"], s["offset"], s["ref_handle"], s["ref_offset"], s["event"], s["event_sync"])
+    return torch.UntypedStorage._new_shared_cuda(device.index, *fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker side: what must be where
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Region:
+    """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit."""
+
+    parameter: str
+    dst: tuple[slice | int, ...]
+    weight: str
+    src: tuple[slice | int, ...]
+    shape: tuple[int, ...]  # of the whole checkpoint weight
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every checkpoint weight belongs in one rank's parameters (all from `expected_layout`)."""
+
+    regions: list[Region]
+    padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
+    processed: dict[str, int]  # parameter -> elements in a layout of the kernel's own, which cannot be compared
+
+    def weights(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {r.weight: (r.shape, r.dtype) for r in self.regions}
+
+
+def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layout:
+    """Derive, without vLLM's loaders, which slice of which checkpoint weight belongs where in a vLLM model.
+
+    It is a second opinion on what the loaders do: from the layers' classes and sizes alone it un-fuses qkv and
+    gate_up, cuts the tensor-parallel slices, repeats KV heads where there are fewer of them than ranks, and leaves out
+    the padding of the vocabulary. Parameters that share memory (tied embeddings) count once.
+
+    model: the rank's model (`worker.get_model()`), unquantized. tp_rank: as if for another rank (for fault injection).
+    Raises HandleError for a parameter whose elements it cannot account for.
+    """
+    packed = getattr(model, "packed_modules_mapping", {})
+    regions: list[Region] = []
+    padding: dict[str, int] = {}
+    processed: dict[str, int] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if (found := _regions(name, prefix, leaf, module, parameter, packed, tp_rank)) is None:
+                processed[name] = parameter.numel()
+                continue
+            regions += found
+            covered = sum(parameter.data[r.dst].numel() for r in found)
+            if padding_numel := parameter.numel() - covered:
+                padding[name] = padding_numel
+                if not hasattr(module, "org_vocab_size") or padding_numel < 0:
+                    raise HandleError(f"{name}: {padding_numel} of {parameter.numel()} elements belong to no weight")
+    return Layout(regions, padding, processed)
+
+
+def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region] | None:
+    """The regions of one parameter; None if post-load processing gave it a layout of its own."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    tp = getattr(module, "tp_size", 1)
+    if tp_rank is None:
+        tp_rank = get_tensor_model_parallel_rank()
+    rank = tp_rank if tp > 1 else 0  # layers may opt out (disable_tp)
+    parent, _, last = prefix.rpartition(".")
+
+    def rows(weight: str, dst_start: int, src_start: int, n: int, total: int) -> Region:
+        dst, src = (slice(dst_start, dst_start + n),), (slice(src_start, src_start + n),)
+        return Region(name, dst, weight, src, (total, *shape[1:]), dtype)
+
+    if hasattr(module, "ckpt_gate_proj_name") or leaf in ("w13_weight", "w2_weight"):
+        return _expert_regions(name, prefix, leaf, module, parameter, tp_rank)
+    if isinstance(module, VocabParallelEmbedding):
+        start = rank * shape[0]
+        n = max(0, min(shape[0], module.org_vocab_size - start))
+        return [rows(name, 0, start, n, module.org_vocab_size)]
+    if isinstance(module, QKVParallelLinear):
+        q, kv = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        v = module.num_kv_heads * getattr(module, "v_head_size", module.head_size)
+        kv_rank = rank // module.num_kv_head_replicas
+        sizes = [(q, rank, tp), (kv, kv_rank, tp // module.num_kv_head_replicas)]
+        sizes += [(v, kv_rank, tp // module.num_kv_head_replicas)]
+    elif isinstance(module, MergedColumnParallelLinear):
+        sizes = [(n // tp, rank, tp) for n in module.output_sizes]
+    elif isinstance(module, ColumnParallelLinear):
+        return [rows(name, 0, rank * shape[0], shape[0], shape[0] * tp)]
+    elif isinstance(module, RowParallelLinear) and leaf == "weight":
+        columns = slice(rank * shape[1], (rank + 1) * shape[1])
+        return [
+            Region(name, (slice(None), slice(None)), name, (slice(None), columns), (shape[0], shape[1] * tp), dtype)
+        ]
+    else:  # the same on every rank: norms, positions, biases of row-parallel layers, routers
+        return [Region(name, (), name, (), shape, dtype)]
+    # A fused layer: its parts come as weights of their own (Llama), or as one fused weight (Phi-3).
+    parts, total = packed.get(last), sum(n * of for n, _, of in sizes)
+    regions, dst, base = [], 0, 0
+    for i, (n, r, of) in enumerate(sizes):
+        if parts and len(parts) == len(sizes):
+            regions.append(rows(f"{parent}.{parts[i]}.{leaf}", dst, r * n, n, n * of))
+        else:
+            regions.append(rows(name, dst, base + r * n, n, total))
+        dst, base = dst + n, base + n * of
+    return regions
+
+
+def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Region] | None:
+    """w13 (experts, gate rows then up rows, hidden) and w2 (experts, hidden, intermediate), cut along intermediate."""
+    backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+    if getattr(backend, "name", "") != "TRITON" or leaf not in ("w13_weight", "w2_weight"):
+        return None  # every other kernel permutes or packs: behaviour is what can be checked
+    experts, rows, columns = parameter.shape
+    tp = module.moe_config.moe_parallel_config.tp_size
+    rank = tp_rank if tp > 1 else 0
+    prefix = prefix.removesuffix(".routed_experts")
+    regions = []
+    for e in range(experts):
+        if leaf == "w2_weight":
+            weight = f"{prefix}.{e}.{module.ckpt_down_proj_name}.weight"
+            src = (slice(None), slice(rank * columns, (rank + 1) * columns))
+            regions.append(Region(name, (e,), weight, src, (rows, columns * tp), parameter.dtype))
+        else:
+            n = rows // 2
+            for i, part in enumerate((module.ckpt_gate_proj_name, module.ckpt_up_proj_name)):
+                dst, src = (e, slice(i * n, (i + 1) * n)), (slice(rank * n, (rank + 1) * n),)
+                weight = f"{prefix}.{e}.{part}.weight"
+                regions.append(Region(name, dst, weight, src, (n * tp, columns), parameter.dtype))
+    return regions
+
+
+def check_message(message: dict, layout: Layout) -> None:
+    """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
+    needed = layout.weights()
+    names = [w["name"] for w in message["weights"]]
+    problems = (
+        [f"duplicate: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
+        if len(set(names)) < len(names)
+        else []
+    )
+    problems += [f"missing: {n}" for n in sorted(needed.keys() - set(names))]
+    if not layout.processed:  # weights of processed layers are not in `needed`
+        problems += [f"unexpected: {n}" for n in names if n not in needed]
+    for w in message["weights"]:
+        shape, dtype = needed.get(w["name"], (tuple(w["shape"]), DTYPES.get(w["dtype"])))
+        if tuple(w["shape"]) != shape:
+            problems.append(f"wrong shape: {w['name']}: found {tuple(w['shape'])}, needed {shape}")
+        if DTYPES.get(w["dtype"]) != dtype:
+            problems.append(f"wrong dtype: {w['name']}: found {w['dtype']}, needed {str(dtype).removeprefix('torch.')}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise HandleError("the weights do not fit the model, nothing was loaded: " + "; ".join(problems[:5]) + more)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many elements of two tensors of the same shape and dtype differ in their bits."""
+    a, b = a.view(BITS[a.dtype.itemsize]), b.view(BITS[b.dtype.itemsize])
+    return 0 if torch.equal(a, b) else int((a != b).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker side: the extension. vLLM mixes it into the worker's class: `self` is the worker.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ColocateWorkerExtension:
+    """Methods for `LLM.collective_rpc`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
+
+    `messages` is always {gpu_uuid: export_handles(...)} of all training actors: a worker takes its own GPU's and
+    ignores the rest. Method names must differ from the worker's own (vLLM refuses to start otherwise).
+    """
+
+    def report_device_id(self) -> dict:
+        return {
+            "gpu": device_uuid(self.device),
+            "tp_rank": self.rank,
+            "pid": os.getpid(),
+            "torch": torch.__version__,
+            "bytes": sum(p.nbytes for p in self.get_model().parameters()),
+        }
+
+    def update_weights_from_ipc_handles(self, messages: dict) -> dict:
+        """Load the weights behind the handles. Returns {"weights", "bytes", "open_ms", "load_ms"}; bytes as received.
+
+        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
+        """
+        message, layout = self._own(messages), expected_layout(self.get_model())
+        check_message(message, layout)
+        start = time.perf_counter()
+        with open_handles(message, self.device) as weights:
+            opened = time.perf_counter()
+            _load_weights(self.get_model(), self.model_config, weights.items(), bool(layout.processed))
+            nbytes = sum(w.nbytes for w in weights.values())
+            count = len(weights)
+        return {
+            "weights": count,
+            "bytes": nbytes,
+            "open_ms": 1e3 * (opened - start),
+            "load_ms": 1e3 * (time.perf_counter() - opened),
+        }
+
+    def verify_weights(self, messages: dict, digests: dict) -> dict:
+        """Compare what arrived with what was sent, and every parameter element with what it must be.
+
+        digests: {weight: digest} by the trainer. Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"},
+        "placement": {"checked", "wrong", "padding", "processed"}}; `checked` counts tensors and elements,
+        `wrong` names the tensors that differ (with the number of elements, for placement).
+        """
+        layout = expected_layout(self.get_model())
+        parameters = dict(self.get_model().named_parameters())
+        wrong: dict[str, int] = {}
+        checked = 0
+        with open_handles(self._own(messages), self.device) as weights:
+            transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
+            for r in layout.regions:
+                have = parameters[r.parameter].data[r.dst]
+                checked += have.numel()
+                unequal = same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
+                if unequal:
+                    wrong[r.parameter] = wrong.get(r.parameter, 0) + unequal
+            count = len(weights)
+        return {
+            "gpu": device_uuid(self.device),
+            "tp_rank": self.rank,
+            "transport": {"checked": count, "wrong": sorted(transport)},
+            "placement": {
+                "checked": checked,
+                "wrong": wrong,
+                "padding": layout.padding,
+                "processed": layout.processed,
+            },
+        }
+
+    def record_weights(self) -> int:
+        """Remember a digest of every parameter for `check_weights_changed`. Returns how many there are."""
+        self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
+        return len(self._recorded)
+
+    def check_weights_changed(self) -> bool:
+        """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
+        if not hasattr(self, "_recorded"):
+            raise RuntimeError("found no record of the old weights, needed record_weights() before the push")
+        return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
+
+    def corrupt_weights(self, messages: dict, fault: str) -> str:
+        """Damage this worker's weights as a broken push would, on tensor-parallel rank 0. For the negative controls."""
+        if self.rank != 0:
+            return ""
+        parameters = dict(self.get_model().named_parameters())
+        if fault == "flip-element":
+            name, parameter = next((n, p) for n, p in parameters.items() if p.dim() == 2)
+            parameter.data.view(BITS[parameter.dtype.itemsize])[-1, -1] ^= 1
+            return f"one bit of {name}"
+        mine, other = expected_layout(self.get_model()).regions, expected_layout(self.get_model(), tp_rank=1).regions
+        region = next(theirs for ours, theirs in zip(mine, other, strict=True) if ours.src != theirs.src and theirs.src)
+        with open_handles(self._own(messages), self.device) as weights:
+            parameters[region.parameter].data[region.dst].copy_(weights[region.weight][region.src])
+        return f"rank 1's slice of {region.weight} in {region.parameter} of rank 0"
+
+    def _own(self, messages: dict) -> dict:
+        gpu = device_uuid(self.device)
+        if gpu not in messages:
+            raise HandleError(f"found handles for {', '.join(messages) or 'no GPU'}, needed some for {gpu}")
+        return messages[gpu]
+
+
+def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], processed: bool) -> None:
+    """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
+
+    A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
+    loader wants. vLLM's layerwise reload restores them, loads, processes and copies back into the same addresses, one
+    layer at a time: https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/model_loader/reload
+    """
+    if not processed:
+        model.load_weights(weights)
+        return
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, model_config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every process of an engine, before it does anything
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preload_engine_process() -> None:
+    """Ray's worker_process_setup_hook: import vLLM before Ray needs it (importing is most of an engine's start).
+
+    Ray starts these processes at once and in parallel; vLLM's executor would start them one after the other. The hook
+    runs in all of the job's processes, so the training actors are told apart by their environment.
+    """
+    if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
+        return
+    import vllm.v1.executor.ray_executor_v2  # noqa: F401
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import vllm.model_executor.layers.utils as layer_utils
+
+        # vLLM's CPU platform claims no Ray resource; the rehearsal places it on Ray's logical GPUs.
+        type(current_platform).ray_device_key = "GPU"
+        # Its linear layers repack their weights for oneDNN and drop the originals; keep them plain, as on a GPU.
+        layer_utils.dispatch_cpu_unquantized_gemm = _plain_cpu_linear
+
+
+def _plain_cpu_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
