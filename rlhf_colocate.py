@@ -505,25 +505,31 @@ class Colocation:
         self.has_tokenizer = any((model / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
     def start_ray(self) -> None:
+        """Start a private Ray, or join the one at --ray-address. Its processes belong to the engines unless told so.
+
+        Ray starts num_cpus processes ahead, at once and in parallel, and each imports rlhf_utils, which imports vLLM.
+        An actor gets one of them if its runtime_env is empty, like theirs: hence the settings in os.environ, which
+        Ray's processes inherit. Without this, vLLM's workers would start to import it only when the engine has.
+        """
         import ray
 
         config = self.config
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
         if self.rehearsal:  # every process gets one thread: they share few cores
             env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
-        self.engine_env = env
-        hook = "rlhf_utils.preload_engine_process"
-        common = {"runtime_env": {"env_vars": env, "worker_process_setup_hook": hook}, "log_to_driver": config.verbose}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
+            hook = "rlhf_utils.preload_engine_process"
             try:
-                ray.init(address=address, logging_level="error", **common)
+                ray.init(address, runtime_env={"env_vars": env, "worker_process_setup_hook": hook}, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 fix = "type ray start --head, or leave out --ray-address and RAY_ADDRESS"
                 require(False, f"no Ray cluster at {address!r} ({error})", "a running one", fix, MISSING)
@@ -532,15 +538,16 @@ class Colocation:
             found = f"{free:g} free GPUs in the Ray cluster at {address!r}"
             require(free >= config.num_gpus, found, f"{config.num_gpus}", fix, MISSING)
             return
+        os.environ.update(env)
         ray.init(
             address="local",
             num_gpus=config.num_gpus if self.rehearsal else None,
-            num_cpus=0,  # Ray starts this many processes ahead, but the actors could not use them
+            num_cpus=config.num_engines + config.num_gpus,  # an engine's own process and its workers'
             include_dashboard=False,
             object_store_memory=128 * 2**20,  # bytes; only small messages pass through it
-            logging_level="error",
             _node_ip_address="127.0.0.1",
-            **common,
+            _system_config={"preload_python_modules": ["rlhf_utils"]},
+            **options,
         )
 
     def start_actors(self) -> None:
@@ -554,7 +561,7 @@ class Colocation:
         if not self.group.wait(config.timeout):
             raise Stop(f"placement group: no {config.num_gpus} GPUs came free within {config.timeout:g} s", MISSING)
         device = "cpu" if self.rehearsal else "cuda:0"  # Ray shows a trainer its own GPU only
-        trainer_env = {"RLHF_COLOCATE_ROLE": "trainer"}
+        trainer_env = {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
 
         def on_bundle(index: int, capture: bool = False) -> PlacementGroupSchedulingStrategy:
             return PlacementGroupSchedulingStrategy(
@@ -576,7 +583,7 @@ class Colocation:
                 num_cpus=0,
                 num_gpus=config.trainer_gpu_share,
                 scheduling_strategy=on_bundle(i),
-                runtime_env={"env_vars": self.engine_env | trainer_env},
+                runtime_env={"env_vars": trainer_env},
             )
             .remote(str(self.model), self.load_format, config.dtype, config.seed, device)
             for i in range(config.num_gpus)

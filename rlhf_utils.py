@@ -542,17 +542,21 @@ def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor
 
 
 def preload_engine_process() -> None:
-    """Ray's worker_process_setup_hook: import vLLM before Ray needs it (importing is most of an engine's start).
+    """Import vLLM before it is needed, which is most of an engine's start, and make it fit into Ray's processes.
 
-    Ray starts these processes at once and in parallel; vLLM's executor would start them one after the other. The hook
-    runs in all of the job's processes, so the training actors are told apart by their environment.
+    Runs when Ray's processes import this module (see `Colocation.start_ray`), not in those of the training actors.
     """
     if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
         return
-    import vllm.v1.executor.ray_executor_v2  # noqa: F401
+    import vllm.v1.executor.ray_executor_v2
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    # The process has these variables already. Set once more for its actors, they would give these a runtime_env of
+    # their own, and Ray would start new processes for them.
+    type(current_platform).ray_noset_device_env_vars = []
+    if current_platform.is_cuda():
+        import vllm.v1.worker.gpu_worker  # noqa: F401
+    else:
         import vllm.model_executor.layers.utils as layer_utils
 
         # vLLM's CPU platform claims no Ray resource; the rehearsal places it on Ray's logical GPUs.
@@ -563,3 +567,6 @@ def preload_engine_process() -> None:
 
 def _plain_cpu_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
+
+
+preload_engine_process()
