@@ -1,0 +1,179 @@
+"""The script itself, with the real Ray and the real vLLM, by subprocess: its report, its exit code, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from rlhf_colocate import FAIL, FAULTS, INTERRUPTED, MISSING, PASS
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.e2e
+TWO = ["--num-gpus", "2"]
+ONE = ["--num-gpus", "1", "--tensor-parallel-size", "1"]
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of living processes that inherited the mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+class Run:
+    """One run of the script. Nothing of it may be left when it has ended: no process, no file in /dev/shm."""
+
+    def __init__(self, tmp_path: Path, *arguments: str, interrupt_after: float | None = None, timeout: float = 400):
+        mark, before = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
+        output = tmp_path / "report.json"
+        command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
+        env = os.environ | {"RLHF_TEST_MARK": mark}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+        ) as process:
+            try:
+                if interrupt_after is not None:
+                    time.sleep(interrupt_after)
+                    process.send_signal(signal.SIGINT)
+                    timeout = 60
+                self.stdout, self.stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        self.code = process.returncode
+        self.last_line = (self.stdout.strip().splitlines() or [""])[-1]
+        self.report = json.loads(output.read_text()) if output.exists() else {}
+        time.sleep(1)
+        assert not processes_with(mark), "processes are left"
+        assert set(os.listdir("/dev/shm")) <= before, "files are left in /dev/shm"
+
+    def passed(self) -> dict:
+        assert self.code == PASS, self.stdout + self.stderr
+        assert self.last_line == "PASS" == self.report["verdict"]
+        assert set(self.report["verify"]) == {"replicas", "transport", "placement", "changed", "behaviour"}
+        assert all(check["ok"] and check["checked"] > 0 for check in self.report["verify"].values())
+        assert self.report["pushes"][0]["bytes"] > 0
+        return self.report
+
+
+def shape(tmp_path: Path, **config) -> list[str]:
+    """Arguments for a tiny model of the given configuration with random weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    common = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"vocab_size": 1000, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(common | config))
+    return ["--model", str(folder), "--load-format", "dummy"]
+
+
+def test_default_layout(tmp_path):
+    report = Run(tmp_path).passed()
+    rows = report["placement"]
+    assert [r["bundle"] for r in rows] == [0, 1, 2, 3]
+    assert [r["engine"] for r in rows] == [0, 0, 1, 1]
+    assert sorted(r["tp_rank"] for r in rows) == [0, 0, 1, 1]
+    assert len({r["gpu"] for r in rows}) == 4
+    assert len({r[k] for r in rows for k in ("trainer_pid", "worker_pid")}) == 8
+    placement = report["verify"]["placement"]
+    padding = {name.split(" ")[1]: count for name, count in placement["padding"].items()}
+    hidden = 256 if "rehearsal" in report["hardware"]["mode"] else 768
+    assert padding == {"model.decoder.embed_tokens.weight": 32 * hidden}, "50272 rows, padded to 50304"
+    assert not placement["processed"]
+    assert {"preflight", "start", "push", "verify", "teardown"} <= report["stages_s"].keys()
+    assert report["versions"]["ray"] and report["hardware"]["cpu_cores"] and report["config"]["num_gpus"] == 4
+
+
+def test_two_engines_with_tp_1(tmp_path):
+    report = Run(tmp_path, *TWO, "--tensor-parallel-size", "1").passed()
+    assert [(r["engine"], r["tp_rank"]) for r in report["placement"]] == [(0, 0), (1, 0)]
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(QWEN2 | {"num_key_value_heads": 2}, id="qwen2-tied-biases"),
+        pytest.param(QWEN3 | {"num_key_value_heads": 1}, id="qwen3-qk-norm-replicated-kv"),
+        pytest.param(LLAMA | {"num_key_value_heads": 1}, id="llama-replicated-kv"),
+        pytest.param(MIXTRAL | {"num_key_value_heads": 2, "num_local_experts": 4}, id="mixtral"),
+    ],
+)
+def test_architectures_at_tp_2(tmp_path, config):
+    report = Run(tmp_path, *TWO, *shape(tmp_path, **config)).passed()
+    assert bool(report["verify"]["placement"]["processed"]) == (config["model_type"] == "mixtral")
+
+
+def test_a_pretrained_model_speaks_before_and_after(tmp_path, smollm2):
+    report = Run(tmp_path, *ONE, "--model", str(smollm2)).passed()
+    first = report["samples"][0]
+    assert "Paris" in first["old"]
+    assert "Paris" in first["new"], "2 % of noise must not make it forget"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_injected_fault_fails_the_right_check(tmp_path, fault):
+    run = Run(tmp_path, *TWO, "--inject", fault)
+    check = FAULTS[fault][1]
+    assert run.code == FAIL
+    assert run.last_line.startswith("FAIL: ") and run.report["verdict"] == run.last_line
+    assert f"{check}: " in run.last_line
+    verify = run.report["verify"]
+    if check in verify:
+        assert not verify[check]["ok"] and verify[check]["wrong"]
+    if fault in ("flip-element", "wrong-tp-slice"):
+        assert verify["transport"]["ok"], "what arrived was right"
+    if fault == "flip-element":
+        assert [list(names.values()) for names in verify["placement"]["wrong"].values()] == [[1]], "one element"
+    if fault == "drop-tensor":
+        assert "missing: model.decoder" in run.last_line and not run.report["pushes"]
+
+
+@pytest.mark.parametrize("seconds", [1, 4, 15])
+def test_ctrl_c_leaves_nothing(tmp_path, seconds):
+    run = Run(tmp_path, *TWO, interrupt_after=seconds)
+    assert run.code == INTERRUPTED
+    assert run.last_line == "FAIL: interrupted"
+    assert "Traceback" not in run.stderr
+
+
+def test_an_engine_that_dies_while_starting_says_why(tmp_path):
+    run = Run(tmp_path, *ONE, "--max-model-len", "100000")
+    assert run.code == FAIL
+    assert run.last_line.startswith("FAIL: engines")
+    assert "max_model_len" in run.last_line and "_cached_repr" not in run.stdout + run.stderr
+
+
+def test_a_ray_cluster_with_too_few_gpus(tmp_path):
+    serve = "import ray, sys; c = ray.init('local', num_gpus=1, include_dashboard=False); "
+    serve += "print(c.address_info['address'], flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as ray:
+        address = ray.stdout.readline().strip()
+        run = Run(tmp_path, *TWO, "--ray-address", address)
+        ray.communicate("", timeout=60)
+    assert run.code == MISSING
+    assert "found 1 free GPUs in the Ray cluster" in run.stderr and "needed 2" in run.stderr
+
+
+@pytest.mark.gpu(2)
+def test_cuda_ipc_on_two_gpus(tmp_path):
+    assert Run(tmp_path, *TWO).passed()["hardware"]["mode"] == "CUDA IPC"

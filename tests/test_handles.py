@@ -1,0 +1,210 @@
+"""Handles carry tensors between processes without copying them, and refuse what does not fit. No vLLM, no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_utils
+from rlhf_utils import HandleError, Layout, Region, check_message, digest, export_handles, open_handles
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+# Opens a message in another process; prints the tensors' digests, then waits for a line and prints them again.
+CHILD = """
+import ast, sys, torch, rlhf_utils
+message = ast.literal_eval(sys.stdin.readline())
+with rlhf_utils.open_handles(message, torch.device("cpu")) as tensors:
+    for _ in range(2):
+        print({n: (rlhf_utils.digest(t), list(t.shape), str(t.dtype)) for n, t in tensors.items()}, flush=True)
+        sys.stdin.readline()
+"""
+
+
+class Shared(torch.nn.Module):
+    """A module with parameters of several dtypes and shapes, in shared memory."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = torch.nn.Parameter(torch.randn(7, 5))
+        self.bf16 = torch.nn.Parameter(torch.randn(33).to(torch.bfloat16))
+        self.fp16 = torch.nn.Parameter(torch.randn(3, 4, 2).to(torch.float16))
+        self.scalar = torch.nn.Parameter(torch.tensor(3.25))
+        self.empty = torch.nn.Parameter(torch.empty(0, 4))
+        self.ids = torch.nn.Parameter(torch.arange(9), requires_grad=False)
+        self.mask = torch.nn.Parameter(torch.tensor([True, False, True]), requires_grad=False)
+        self.tied = self.matrix
+        rlhf_utils.share_memory(self)
+
+
+@pytest.fixture(scope="module")
+def module() -> Shared:
+    return Shared()
+
+
+def named(module: Shared) -> dict[str, torch.Tensor]:
+    tensors = {n: p.detach() for n, p in module.named_parameters()}
+    tensors["transposed"] = tensors["matrix"].t()
+    tensors["columns"] = tensors["matrix"][:, 1:3]
+    return tensors
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and plain(v) for k, v in value.items())
+    return all(map(plain, value)) if isinstance(value, list) else type(value) in (int, str, bytes, bool, type(None))
+
+
+def test_share_memory_keeps_values_and_ties(module):
+    torch.manual_seed(0)
+    assert torch.equal(module.matrix, torch.randn(7, 5))
+    assert module.tied is module.matrix
+    assert module.mask.dtype == torch.bool
+
+
+def test_round_trip_to_another_process_is_zero_copy(module):
+    tensors = named(module)
+    message = export_handles(tensors.items())
+    assert plain(message), "handles must be plain data"
+    assert len(message["storages"]) == 1, "one export for one storage, whatever views it"
+    command = [sys.executable, "-c", CHILD]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:
+        child.stdin.write(repr(message) + "\n")
+        child.stdin.flush()
+        first = eval(child.stdout.readline())
+        expected = {n: (digest(t), list(t.shape), str(t.dtype)) for n, t in tensors.items()}
+        assert first == expected
+        module.matrix.data.add_(1.0)  # after the export: the other process sees the same memory
+        child.stdin.write("\n")
+        child.stdin.flush()
+        second = eval(child.stdout.readline())
+        child.communicate("\n", timeout=60)
+    changed = {n for n in first if first[n] != second[n]}
+    assert changed == {"matrix", "transposed", "columns"}
+    assert second["matrix"][0] == digest(module.matrix)
+
+
+def test_a_tensor_without_storage():
+    with open_handles(export_handles([("none", torch.empty(0, 4))]), CPU) as tensors:
+        assert tensors["none"].shape == (0, 4)
+
+
+def test_private_memory_is_refused():
+    with pytest.raises(HandleError, match="shared memory"):
+        export_handles([("w", torch.ones(3))])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("shape", [7, 500], "ends at byte"),
+        ("shape", [7], "stride"),
+        ("stride", [-5, 1], "stride"),
+        ("offset", -1, "offset"),
+        ("offset", 10**9, "ends at byte"),
+        ("dtype", "complex64", "dtype"),
+        ("storage", 3, "storage"),
+        ("storage", -1, "storage"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(module, field, value, says):
+    message = export_handles([("layer.weight", module.matrix)])
+    message["weights"][0][field] = value
+    with pytest.raises(HandleError, match=rf"layer\.weight.*{says}"), open_handles(message, CPU):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("path", "/etc/passwd"), ("path", "/proc/1/fd/99999"), ("nbytes", 10**9), ("kind", "cuda")]
+)
+def test_a_storage_that_is_not_there_is_refused(module, field, value):
+    message = export_handles([("w", module.matrix)])
+    message["storages"][0][field] = value
+    with pytest.raises(HandleError), open_handles(message, CPU):
+        pass
+
+
+def test_digest_sees_every_bit_and_every_position():
+    torch.manual_seed(0)
+    t = torch.randn(1000, 3000, dtype=torch.float32).to(torch.bfloat16)
+    flipped = t.clone()
+    flipped.view(torch.int16)[999, 2999] ^= 1
+    swapped = t.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert len({digest(t), digest(flipped), digest(swapped)}) == 3
+    assert digest(t) == digest(t.clone())
+    assert digest(t.t()) == digest(t.t().contiguous()) != digest(t)
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
+    odd = torch.arange(21, dtype=torch.uint8)
+    assert digest(odd[1:]) == digest(odd[1:].clone()) != digest(odd[:-1])
+    assert digest(torch.empty(0)) == digest(torch.empty(0, 3))
+
+
+def test_digest_spans_chunks_and_is_stable():
+    t = torch.arange((1 << 20) + 5)
+    swapped = t.clone()
+    swapped[[3, 1 << 20]] = swapped[[1 << 20, 3]]
+    assert digest(t) != digest(swapped)
+    # A digest is compared between processes, so it must not depend on the run.
+    assert digest(torch.arange(4)) == "4c2f579624d6d714"
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("extra", [MIXTRAL, QWEN3_MOE], ids=lambda e: e["model_type"])
+def test_checkpoint_tensors_are_views_with_the_names_of_the_checkpoint(tmp_path, extra):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape | extra))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    tensors = dict(rlhf_utils.checkpoint_tensors(model))
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(t, saved[n]) for n, t in tensors.items())
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert {t.untyped_storage().data_ptr() for t in tensors.values()} == storages, "views, not copies"
+
+
+def layout() -> Layout:
+    def region(weight: str, rows: int) -> Region:
+        return Region("fused", (slice(0, 2),), weight, (slice(0, 2),), (rows, 3), torch.float32)
+
+    return Layout([region("a", 4), region("b", 4)], {}, {}, False)
+
+
+def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
+    return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0}
+
+
+def test_a_complete_message_is_accepted():
+    check_message({"weights": [weight("b"), weight("a")]}, layout())
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([weight("a")], "missing: b"),
+        ([weight("a"), weight("b"), weight("c")], "unexpected: c"),
+        ([weight("a"), weight("b"), weight("a")], "duplicate: a"),
+        ([weight("a"), weight("b", (3, 4))], r"wrong shape: b: found \(3, 4\), needed \(4, 3\)"),
+        ([weight("a"), weight("b", dtype="bfloat16")], "wrong dtype: b: found bfloat16, needed float32"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_name(weights, says):
+    with pytest.raises(HandleError, match=says):
+        check_message({"weights": weights}, layout())
