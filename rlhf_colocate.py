@@ -531,7 +531,7 @@ class Colocation:
             try:
                 ray.init(address, runtime_env={"env_vars": env, "worker_process_setup_hook": hook}, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                fix = "type ray start --head, or leave out --ray-address and RAY_ADDRESS"
+                fix = "type ray start --head, export RAY_AUTH_MODE=token if it wants one, or leave out --ray-address"
                 require(False, f"no Ray cluster at {address!r} ({error})", "a running one", fix, MISSING)
             free = ray.available_resources().get("GPU", 0)
             fix = "wait for its other jobs, type a smaller --num-gpus, or leave out --ray-address"
@@ -760,8 +760,12 @@ def get(refs, what: str, timeout: float):
         text = str(cause).strip()
         if inner := re.search(r"Worker failed with error '(.*)', please check the stack trace", text, re.DOTALL):
             text = inner[1]  # vLLM's wrapping of an error in a worker
-        text = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-        raise Stop(f"{what}: {type(cause).__name__}: {text}") from None
+        text = f"{type(cause).__name__}: {text}"
+        if "Traceback" in text:  # of another process: keep what its exception says
+            lines = text.splitlines()
+            first = max(i for i, line in enumerate(lines) if i == 0 or re.match(r"[\w.]+(Error|Exception)\b", line))
+            text = "\n".join(lines[first:])
+        raise Stop(f"{what}: {' '.join(text.split())}") from None
     except ray.exceptions.RayActorError as error:
         raise Stop(f"{what}: a process died: {' '.join(str(error).split())}") from None
 

@@ -161,7 +161,9 @@ def test_an_engine_that_dies_while_starting_says_why(tmp_path):
     assert "max_model_len" in run.last_line and "_cached_repr" not in run.stdout + run.stderr
 
 
-def test_a_ray_cluster_with_too_few_gpus(tmp_path):
+def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what a cluster started by ray.init wants
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
     serve = "import ray, sys; c = ray.init('local', num_gpus=1, include_dashboard=False); "
     serve += "print(c.address_info['address'], flush=True); sys.stdin.read()"
     with subprocess.Popen(
