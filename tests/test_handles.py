@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -133,6 +134,36 @@ def test_a_storage_that_is_not_there_is_refused(module, field, value):
         pass
 
 
+def test_handles_of_a_trainer_that_has_ended_are_refused():
+    export = "import torch, rlhf_utils as u; m = torch.nn.Linear(4, 4); u.share_memory(m); "
+    export += "print(u.export_handles(m.named_parameters()))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    message = ast.literal_eval(subprocess.check_output([sys.executable, "-c", export], text=True, env=env, timeout=60))
+    with pytest.raises(HandleError, match="has the trainer ended"), open_handles(message, CPU):
+        pass
+
+
+def splitmix_sum(words: list[int]) -> str:
+    """What `digest` promises, one word after the other in Python's own integers."""
+    mask, total = (1 << 64) - 1, 0
+    for position, word in enumerate(words, 1):
+        x = (position * 0x9E3779B97F4A7C15 + word) & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        total += x ^ x >> 31
+    return f"{total & mask:016x}"
+
+
+def test_digest_is_the_published_mix():
+    n = (1 << 20) + 3  # more words than one chunk
+    words = torch.arange(n) * -7_777_777_777_777_777_777 + 1
+    assert digest(words) == splitmix_sum(words.tolist())
+    tail = torch.arange(21, dtype=torch.uint8)  # two words of 8 bytes, then 5 bytes as words of their own
+    bytes_21 = bytes(range(21))
+    expected = [int.from_bytes(bytes_21[i : i + 8], "little") for i in (0, 8)] + list(bytes_21[16:])
+    assert digest(tail) == splitmix_sum(expected)
+
+
 def test_digest_sees_every_bit_and_every_position():
     torch.manual_seed(0)
     t = torch.randn(1000, 3000, dtype=torch.float32).to(torch.bfloat16)
@@ -162,7 +193,10 @@ MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok
 QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 
 
-@pytest.mark.parametrize("extra", [MIXTRAL, QWEN3_MOE], ids=lambda e: e["model_type"])
+QWEN2_TIED = {"model_type": "qwen2", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("extra", [MIXTRAL, QWEN3_MOE, QWEN2_TIED], ids=lambda e: e["model_type"])
 def test_checkpoint_tensors_are_views_with_the_names_of_the_checkpoint(tmp_path, extra):
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM

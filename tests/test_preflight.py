@@ -30,6 +30,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert done.returncode == 0
     for field in dataclasses.fields(Config):
         assert "--" + field.name.replace("_", "-") in done.stdout
+        assert len(field.metadata["help"]) > 10
     heavy = "import sys, rlhf_colocate; print({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", heavy], text=True, cwd=ROOT).strip() == "set()"
 
@@ -56,6 +57,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, says):
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("rlhf_colocate.py: error: found ") and says in message
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_weights_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = script("--model", str(tmp_path))
+    assert done.returncode == USAGE
+    assert len(done.stderr.strip().splitlines()) == 1 and "--load-format dummy" in done.stderr
 
 
 def refused(code: int, says: str):
@@ -104,7 +112,7 @@ def gpus(n: int, free: float = 80_000) -> list[dict]:
 
 
 def test_hardware(monkeypatch):
-    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     assert rc.check_hardware(Config(), gpus(4), False, 0)["mode"] == "CUDA IPC"
     with refused(MISSING, "type --num-gpus 2 --tensor-parallel-size 2"):
@@ -115,9 +123,10 @@ def test_hardware(monkeypatch):
         rc.check_hardware(Config(), gpus(4, free=20_000), False, 0)
     with refused(MISSING, "the trainer's weights"):
         rc.check_hardware(Config(), gpus(4, free=40_000), False, 15 * 2**30)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    with refused(MISSING, "unset PYTORCH_CUDA_ALLOC_CONF"):
-        rc.check_hardware(Config(), gpus(4), False, 0)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        with monkeypatch.context() as m, refused(MISSING, f"unset {name}"):
+            m.setenv(name, "max_split_size_mb:64, expandable_segments: True")
+            rc.check_hardware(Config(), gpus(4), False, 0)
 
 
 def test_visible_gpus_keep_the_users_order(tmp_path, monkeypatch):
@@ -188,3 +197,11 @@ def test_behaviour(old, new, trainers, ok):
     before = [[{"prompt": [1, 2, 3], "logprobs": [old] * 4}]]
     after = [[{"prompt": [1, 2, 3], "logprobs": [new] * 4}]]
     assert rc.check_behaviour(before, after, [[[trainers] * 4]], tolerance=0.06)["ok"] is ok
+
+
+@pytest.mark.parametrize("bad", [-3.0, float("nan")])
+def test_behaviour_fails_for_a_single_bad_token(bad):
+    before, new = [[{"prompt": [1] * 100, "logprobs": [-5.0] * 100}]], [-2.0] * 99
+    after = [[{"prompt": [1] * 100, "logprobs": [*new, -2.0]}]]
+    assert rc.check_behaviour(before, after, [[[*new, -2.0]]], tolerance=0.06)["ok"]
+    assert not rc.check_behaviour(before, after, [[[*new, bad]]], tolerance=0.06)["ok"]
