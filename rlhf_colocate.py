@@ -169,6 +169,9 @@ def check_layout(config: Config) -> None:
         require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2", USAGE)
     folder = Path(config.output_json or ".").resolve().parent
     require(folder.is_dir(), f"no folder {folder}", "one for --output-json", f"type mkdir -p {folder}", USAGE)
+    taken = bool(config.output_json) and Path(config.output_json).is_dir()
+    fix = f"type --output-json {config.output_json}/report.json"
+    require(not taken, f"a folder at --output-json {config.output_json}", "a file", fix, USAGE)
 
 
 def check_heads(config: Config, model_config: dict) -> None:
@@ -856,7 +859,11 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> Colocati
         check_layout(config)
         report["versions"], rehearsal = find_packages()
         model, load_format, note = find_model(config, rehearsal, scratch)
-        check_heads(config, json.loads((model / "config.json").read_text()))
+        try:
+            check_heads(config, json.loads((model / "config.json").read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            needed = "a Hugging Face model's configuration"
+            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model", USAGE)
         weight_bytes = sum(f.stat().st_size for p in ("*.safetensors", "*.bin") for f in model.glob(p))
         gpus = [] if rehearsal else find_gpus()
         report["hardware"] = check_hardware(config, gpus, rehearsal, weight_bytes)
