@@ -102,6 +102,11 @@ class Config:
     )
     max_model_len: int = flag(512, "context length, tokens")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
+    push: str = flag(
+        "recorded",
+        "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push",
+        choices=("recorded", "simple"),
+    )
     max_tokens: int = flag(16, "tokens to generate per prompt")
     logprob_tolerance: float = flag(0.06, "largest mean gap between engine and trainer log-probabilities, nats")
     seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
@@ -352,8 +357,9 @@ class RayTrainingActor:
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(self.device)
         self.model.eval()
+        self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION
         if self.device.type == "cpu":
-            rlhf_utils.share_memory(self.model)
+            rlhf_utils.share_memory([*self.model.parameters(), self.version])
 
     def report_device_id(self) -> dict:
         import torch
@@ -365,16 +371,21 @@ class RayTrainingActor:
     def train_step(self, step: int) -> None:
         """Change every weight, by seeded noise of 2 % of its root mean square: different for each tensor and step.
 
-        Stands for an optimizer step with averaged gradients, after which all replicas are equal again.
+        Stands for an optimizer step with averaged gradients, after which all replicas are equal again. Weights change
+        in place, as engines have them mapped, and the change is over, on the GPU too, when this returns.
         """
         import torch
 
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
+        self.version.fill_(-1)
         with torch.no_grad():
             for p in self.model.parameters():
                 scale = 0.02 * p.float().square().mean().sqrt().clamp_min(0.02)
                 noise = torch.empty(p.shape, dtype=torch.float32, device=self.device).normal_(generator=generator)
                 p.add_((noise * scale).to(p.dtype))
+        self.version.fill_(step)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def weight_digests(self) -> dict[str, str]:
         """{weight name: 64-bit digest of its bits}."""
@@ -386,7 +397,8 @@ class RayTrainingActor:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
         import rlhf_utils
 
-        message = rlhf_utils.export_handles(rlhf_utils.checkpoint_tensors(self.model))
+        version = (rlhf_utils.VERSION, self.version)
+        message = rlhf_utils.export_handles([*rlhf_utils.checkpoint_tensors(self.model), version])
         return {rlhf_utils.device_uuid(self.device): message}
 
     def token_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -429,6 +441,9 @@ class MyLLM:
     def collective_rpc(self, method: str, *args) -> list:
         """Call a method of ColocateWorkerExtension on every worker; results in rank order."""
         return self.llm.collective_rpc(method, args=args)
+
+    def noop(self) -> None:
+        """Does nothing: how long a call to this actor takes."""
 
     def reset_prefix_cache(self) -> bool:
         return self.llm.reset_prefix_cache()
@@ -499,6 +514,8 @@ def match_placement(trainers: list[dict], engines: list[list[dict]]) -> list[dic
 
 class Colocation:
     """The whole layout, alive: a placement group, its trainers and its engines. `close` leaves nothing behind."""
+
+    worker_extension = "rlhf_utils.ColocateWorkerExtension"
 
     def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str):
         self.config, self.rehearsal, self.model, self.load_format = config, rehearsal, model, load_format
@@ -610,7 +627,7 @@ class Colocation:
                 dtype=config.dtype,
                 tensor_parallel_size=config.tensor_parallel_size,
                 distributed_executor_backend="ray",
-                worker_extension_cls="rlhf_utils.ColocateWorkerExtension",
+                worker_extension_cls=self.worker_extension,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 max_model_len=config.max_model_len,
                 max_num_seqs=64,
@@ -650,18 +667,45 @@ class Colocation:
             raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(wrong)}")
         return digests[0]
 
-    def push(self, step: int) -> dict:
-        """Load the trainers' weights into all engines. Returns {"step", "wall_ms", "bytes", "workers"}.
+    def connect(self) -> dict:
+        """Let every worker map its trainer's weights and record the copies; again after either was replaced.
 
-        wall_ms: from asking the trainers for handles to the last worker's reply. bytes: read, over all workers.
+        Returns {"wall_ms", "workers"}. Loads the weights once on the way.
         """
         start = time.perf_counter()
-        loaded = self.on_workers("update_weights_from_ipc_handles", self.handles())
-        wall_ms = 1e3 * (time.perf_counter() - start)
+        workers = self.on_workers("connect_weights", self.handles())
+        return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
+
+    def push(self, step: int) -> dict:
+        """Load the trainers' weights into all engines. Returns {"step", "method", "wall_ms", "reset_ms", ...}.
+
+        wall_ms: from the call to the last worker's reply; reset_ms: of the prefix caches, block by block in vLLM.
+        bytes: over all workers; read (simple) or written (recorded). workers: what each of them returned.
+        The trainers must have finished that step, and may change their weights again when this returns.
+        """
+        start = time.perf_counter()
+        if self.config.push == "simple":
+            loaded = self.on_workers("update_weights_from_ipc_handles", self.handles())
+        else:
+            # One round trip. An actor does one thing after the other, so no engine generates while it is written to.
+            loaded = flatten(self.on_engines("collective_rpc", "push_weights", step))
+        pushed = time.perf_counter()
+        if stale := [w["version"] for w in loaded if w["version"] != step]:
+            raise Stop(
+                f"an engine found weights of version {stale[0]}, needed {step}: the trainer changed them meanwhile"
+            )
         # Cached keys and values came from the old weights.
         if not all(self.on_engines("reset_prefix_cache")):
             raise Stop("an engine did not reset its prefix cache: requests are still running")
-        return {"step": step, "wall_ms": wall_ms, "bytes": sum(w["bytes"] for w in loaded), "workers": loaded}
+        reset_ms = 1e3 * (time.perf_counter() - pushed)
+        return {
+            "step": step,
+            "method": self.config.push,
+            "wall_ms": 1e3 * (pushed - start),
+            "reset_ms": reset_ms,
+            "bytes": sum(w["bytes"] for w in loaded),
+            "workers": loaded,
+        }
 
     def verify(self, digests: dict[str, str], prompts: list, before: list) -> tuple[dict, list]:
         """All checks of a push. Returns {check: {"ok", "checked", "wrong", ...}} and the engines' new outputs.
@@ -730,7 +774,7 @@ class SabotagedColocation(Colocation):
 
     def push(self, step: int) -> dict:
         if self.config.inject == "skip-push":
-            return {"step": step, "wall_ms": 0.0, "bytes": 0, "workers": []}
+            return {"step": step, "method": "none", "wall_ms": 0.0, "bytes": 0, "workers": []}
         push = super().push(step)
         if self.config.inject in ("flip-element", "wrong-tp-slice"):
             self.on_workers("corrupt_weights", self.handles(), self.config.inject)
@@ -890,6 +934,14 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     log("place", "verified by GPU UUID, both ways:")
     print_table(["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"], [list(r.values()) for r in rows])
 
+    if config.push == "recorded":
+        with log.stage("connect"):
+            try:
+                report["connect"] = connect = colocation.connect()
+            except Stop as error:
+                raise Stop(f"push: {error}") from None
+        log("push", describe_connect(connect))
+
     prompts = PROMPTS if colocation.has_tokenizer else token_prompts(config, colocation.model_config)
     with log.stage("rollout"):
         before = colocation.on_engines("generate", prompts, config.max_tokens)
@@ -923,6 +975,13 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
     if config.inject:
         raise Stop(f"--inject {config.inject} was not detected")
+
+
+def describe_connect(connect: dict) -> str:
+    workers = connect["workers"]
+    copies, loaders = sum(w["copies"] for w in workers), sum(len(w["loaders"]) for w in workers)
+    text = f"connected {len(workers)} workers in {connect['wall_ms']:.1f} ms: {copies} copies recorded"
+    return text + (f", {loaders} weights go through vLLM's loaders at each push" if loaders else "")
 
 
 def describe(verify: dict) -> dict[str, str]:

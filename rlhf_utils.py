@@ -4,7 +4,8 @@ Trainer side   `checkpoint_tensors` names a model's weights as its checkpoint do
                message of plain data (numbers, strings, bytes).
 Worker side    `open_handles` maps that message back into tensors, without copying; `ColocateWorkerExtension` checks it
                against what the engine's model expects, loads it through vLLM's own loaders, and proves that every
-               element arrived at its place.
+               element arrived at its place. Two ways to push: `update_weights_from_ipc_handles` opens, loads and
+               closes each time; `connect_weights` records the loaders' copies once and `push_weights` replays them.
 Both sides     `digest`, a 64-bit fingerprint of a tensor's bits, and `device_uuid`, the name of the GPU.
 
 Copy this file into your trainer as it is: it imports torch, and vLLM and Ray inside the functions that need them.
@@ -18,10 +19,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+# The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
+# sets it to -1 before it changes weights and to the step's number when it has, so whoever maps it sees both.
+VERSION = "rlhf.version"
 # Integer types of the same width, to compare and to hash bits instead of values: NaN equals itself, -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {
@@ -108,22 +113,22 @@ def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
             yield name, tensor
 
 
-def share_memory(model: torch.nn.Module) -> None:
-    """Move a CPU model's parameters into one block of shared memory, so that handles can name it (rehearsal only).
+def share_memory(tensors: Iterable[torch.Tensor]) -> None:
+    """Move CPU tensors into one block of shared memory, so that handles can name it (rehearsal only).
 
     The block is a memfd: it has no name in /dev/shm and is gone with its last user, however that one ends. On a GPU
-    nothing is moved: CUDA's allocations can be shared as they are.
+    nothing needs to be moved: CUDA's allocations can be shared as they are.
     """
-    parameters = list(model.parameters())
+    tensors = list(tensors)
     starts = [0]
-    for p in parameters:
-        starts.append(starts[-1] + -(-p.nbytes // 64) * 64)
+    for t in tensors:
+        starts.append(starts[-1] + -(-t.nbytes // 64) * 64)
     fd = os.memfd_create("rlhf-weights")  # stays open: the other processes reach the memory through it
     path = f"/proc/{os.getpid()}/fd/{fd}"
     block = torch.from_file(path, shared=True, size=starts[-1], dtype=torch.uint8)
-    for p, start in zip(parameters, starts, strict=False):
-        target = block[start : start + p.nbytes].view(p.dtype).view(p.shape)
-        p.data = target.copy_(p.data)
+    for t, start in zip(tensors, starts, strict=False):
+        target = block[start : start + t.nbytes].view(t.dtype).view(t.shape)
+        t.data = target.copy_(t.data)
 
 
 def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
@@ -170,7 +175,7 @@ def _export_storage(storage: torch.UntypedStorage) -> dict:
         names = ("device", "handle", "nbytes", "offset", "ref_handle", "ref_offset", "event", "event_sync")
         return {"kind": "cuda", **dict(zip(names, fields, strict=True))}
     if not storage.filename:
-        raise HandleError("found a CPU tensor in private memory, needed shared memory: call share_memory(model) first")
+        raise HandleError("found a CPU tensor in private memory, needed shared memory: call share_memory first")
     return {"kind": "cpu", "path": storage.filename, "nbytes": storage.nbytes()}
 
 
@@ -266,6 +271,7 @@ class Layout:
     padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
     processed: dict[str, int]  # parameter -> elements that cannot be compared
     needs_reload: bool  # some layer is processed after loading
+    reload: frozenset[str]  # weights whose parameters do not keep them as they are loaded
 
 
 def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layout:
@@ -280,8 +286,8 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
     """
     packed = getattr(model, "packed_modules_mapping", {})
     # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
-    reload = any(hasattr(m, name) for m in model.modules() for name in ("w13_weight", "W_UV"))
-    layout = Layout([], {}, {}, reload)
+    mla = any(hasattr(m, "W_UV") for m in model.modules())
+    layout = Layout([], {}, {}, mla or any(hasattr(m, "w13_weight") for m in model.modules()), frozenset())
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -299,7 +305,7 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
                 layout.padding[name] = rest
             elif rest:
                 raise HandleError(f"{name}: {rest} of {parameter.numel()} elements belong to no weight")
-    return layout
+    return replace(layout, reload=frozenset(r.weight for r in layout.regions if mla or r.dst is None))
 
 
 def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region]:
@@ -388,7 +394,7 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
-    needed = {r.weight: (r.shape, r.dtype) for r in layout.regions}
+    needed = {r.weight: (r.shape, r.dtype) for r in layout.regions} | {VERSION: ((), torch.int64)}
     counts = Counter(w["name"] for w in message["weights"])
     problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
     problems += [f"missing: {n}" for n in needed if n not in counts]
@@ -408,6 +414,172 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many elements of two tensors of the same shape and dtype differ in their bits."""
     a, b = a.view(BITS[a.dtype.itemsize]), b.view(BITS[b.dtype.itemsize])
     return 0 if torch.equal(a, b) else int((a != b).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker side: the fast path. vLLM's loaders run once, watched; from then on a push is the copies that they made.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _RecordCopies(TorchDispatchMode):
+    """Note each copy from a weight's slice into a parameter's slice of the same dtype, while it happens as usual.
+
+    `spoiled` are the parameters (by address) that were written in another way where a copy had been: replaying the
+    copy alone would be wrong.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]):
+        super().__init__()
+        self.weights = {w.untyped_storage().data_ptr() for w in weights}
+        self.copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
+            p.untyped_storage().data_ptr(): [] for p in parameters
+        }
+        self.spoiled: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        written = [
+            a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+        ]
+        for dst in written:
+            address = dst.untyped_storage().data_ptr() if isinstance(dst, torch.Tensor) else None
+            if address not in self.copies:
+                continue
+            src = args[1] if func is torch.ops.aten.copy_.default else dst
+            same = src.dtype == dst.dtype and src.shape == dst.shape
+            if same and src.untyped_storage().data_ptr() in self.weights:
+                self.copies[address].append((dst.detach(), src.detach()))
+                continue
+            start, end = _span(dst)
+            if any(start < e and s < end for s, e in (_span(d) for d, _ in self.copies[address])):
+                self.spoiled.add(address)
+        return func(*args, **(kwargs or {}))
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """First address of a tensor's memory and the one after its last."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
+
+
+def _box(view: torch.Tensor, base: torch.Tensor) -> list[tuple[int, int]] | None:
+    """The (start, stop) in each dimension of contiguous `base` that `view` of its memory is; None if it is no box."""
+    offset = (view.data_ptr() - base.data_ptr()) // base.itemsize
+    extents = {s: n for n, s in zip(view.shape, view.stride(), strict=True) if n > 1}
+    box = []
+    for n, stride in zip(base.shape, base.stride(), strict=True):
+        start, offset = divmod(offset, stride)
+        box.append((start, start + (extents.pop(stride, 1) if n > 1 else 1)))
+    return None if extents or any(stop > n for (_, stop), n in zip(box, base.shape, strict=True)) else box
+
+
+def covered_once(views: list[torch.Tensor], base: torch.Tensor) -> int | None:
+    """How many elements of contiguous `base` its views cover, each exactly once; None if that cannot be said.
+
+    Exact, and without a mark per element: the views' edges cut `base` into cells, and a cell is covered as a whole.
+    """
+    boxes = [_box(v, base) for v in views]
+    if None in boxes or not base.is_contiguous():
+        return None
+    edges = [sorted({e for b in boxes for e in b[d]}) for d in range(base.dim())]
+    cells = torch.zeros([max(len(e) - 1, 0) for e in edges], dtype=torch.int32)
+    for b in boxes:
+        cells[tuple(slice(e.index(lo), e.index(hi)) for e, (lo, hi) in zip(edges, b, strict=True))] += 1
+    return None if (cells > 1).any() else sum(v.numel() for v in views)
+
+
+class CopyPlan:
+    """How one set of weights gets into a model: recorded copies to replay, and weights for vLLM's loaders.
+
+    The set may be all weights or some of them (`layout` must then hold just those). Building the plan loads them once.
+    It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
+
+    weights: {checkpoint name: mapped tensor}; version: the mapped VERSION word.
+    """
+
+    def __init__(self, model, model_config, weights: dict[str, torch.Tensor], version: torch.Tensor, layout: Layout):
+        self.model, self.model_config, self.weights, self.version, self.layout = (
+            *(model, model_config, weights, version, layout),
+        )
+        wanted = {r.parameter for r in layout.regions}
+        parameters = {n: p.data for n, p in model.named_parameters() if n in wanted}
+        with _RecordCopies(weights.values(), parameters.values()) as recorder:
+            model.load_weights((n, w) for n, w in weights.items() if n not in layout.reload)
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        loaders = set(layout.reload)
+        for name, parameter in parameters.items():
+            address = parameter.untyped_storage().data_ptr()
+            copies = recorder.copies[address]
+            covered = covered_once([dst for dst, _ in copies], parameter)
+            # Covered but for padding; anything else is left to the loaders.
+            if address not in recorder.spoiled and covered == parameter.numel() - layout.padding.get(name, 0):
+                self.copies += copies
+            else:
+                loaders |= {r.weight for r in layout.regions if r.parameter == name}
+        self.loaders = sorted(loaders)
+        self.nbytes = sum(dst.nbytes for dst, _ in self.copies)
+        self.seen = torch.full((2,), -1, dtype=torch.int64, device=version.device)
+        self.graph = self._capture() if version.is_cuda else None
+        self._run_loaders()
+
+    def push(self, version: int) -> None:
+        """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
+
+        The version is read from the trainer's memory before and after the copies: a mapping of a trainer that is gone,
+        a step that has not finished and one that began meanwhile all show.
+        """
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._copy(self.copies)
+        self._run_loaders()
+        seen = self.seen.tolist()  # waits for the copies
+        if self.loaders:
+            seen.append(int(self.version))
+        if set(seen) != {version}:
+            raise HandleError(
+                f"found the trainer's weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, needed "
+                f"{version}: the engine must not be used before a whole push (-1 is a step under way)"
+            )
+
+    def _run_loaders(self) -> None:
+        if self.loaders:
+            chosen = [(n, self.weights[n]) for n in self.loaders]
+            _load_weights(self.model, self.model_config, chosen, self.layout.needs_reload)
+
+    def _copy(self, copies: list, lanes: list | None = None) -> None:
+        """All copies, between two looks at the version; over several CUDA streams if there are lanes."""
+        self.seen[0].copy_(self.version)
+        for lane in lanes or []:
+            lane.wait_stream(torch.cuda.current_stream())
+        for i, (dst, src) in enumerate(copies):
+            with torch.cuda.stream(lanes[i % len(lanes)]) if lanes else contextlib.nullcontext():
+                dst.copy_(src)
+        for lane in lanes or []:
+            torch.cuda.current_stream().wait_stream(lane)
+        self.seen[1].copy_(self.version)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """One CUDA graph of the copies: over 4 streams, since one alone leaves memory idle between copies, the largest
+        first, so that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate."""
+        graph, lanes = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
+        copies = [_widened(dst, src) for dst, src in sorted(self.copies, key=lambda c: -c[0].nbytes)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            # Other threads of the worker (NCCL's watchdog) may call CUDA meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._copy(copies, lanes)
+            finally:
+                graph.capture_end()
+        return graph
+
+
+def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same bytes as the widest elements that both tensors' shapes, strides and offsets allow."""
+    for wide in (torch.complex128, torch.int64):
+        with contextlib.suppress(RuntimeError):
+            return dst.view(wide), src.view(wide)
+    return dst, src
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,8 +604,9 @@ class ColocateWorkerExtension:
         }
 
     def update_weights_from_ipc_handles(self, messages: dict) -> dict:
-        """Load the weights behind the handles. Returns {"weights", "bytes", "open_ms", "load_ms"}; bytes as received.
+        """Load the weights behind the handles: the simple way, and the reference for `push_weights`.
 
+        Returns {"version", "weights", "bytes", "open_ms", "load_ms"}; bytes as received.
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
         message, layout = self._own(messages), expected_layout(self.get_model())
@@ -442,15 +615,57 @@ class ColocateWorkerExtension:
         start = time.perf_counter()
         with open_handles(message, self.device) as weights:
             opened = time.perf_counter()
+            version = weights.pop(VERSION)
             _load_weights(self.get_model(), self.model_config, weights.items(), layout.needs_reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
+            version = int(version)  # after the loaders: the trainer's weights were still that version
         return {
+            "version": version,
             "weights": count,
             "bytes": nbytes,
             "open_ms": 1e3 * (opened - start),
             "load_ms": 1e3 * (time.perf_counter() - opened),
         }
+
+    def connect_weights(self, messages: dict) -> dict:
+        """Map this GPU's weights for good and record how vLLM's loaders bring them in, once per trainer and engine.
+
+        Returns {"weights", "copies", "bytes", "loaders"}: how many copies a push replays, their bytes, and the names of
+        the weights that it must take through vLLM's loaders (layers that are processed after loading).
+        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
+        """
+        self.disconnect_weights()
+        message, layout = self._own(messages), expected_layout(self.get_model())
+        for other in messages.values():
+            check_message(other, layout)
+        with contextlib.ExitStack() as mapping:
+            weights = mapping.enter_context(open_handles(message, self.device))
+            plan = CopyPlan(self.get_model(), self.model_config, weights, weights.pop(VERSION), layout)
+            self._plan, self._mapping = plan, mapping.pop_all()
+        return {
+            "weights": len(plan.weights),
+            "copies": len(plan.copies),
+            "bytes": plan.nbytes,
+            "loaders": plan.loaders,
+        }
+
+    def push_weights(self, version: int) -> dict:
+        """Replay the recorded copies. Returns {"version", "bytes", "copy_ms"}, bytes as written to parameters.
+
+        Raises HandleError if the trainer's weights are not that version, RuntimeError without `connect_weights`.
+        """
+        if getattr(self, "_plan", None) is None:
+            raise RuntimeError("found no connection to a trainer, needed connect_weights() before push_weights()")
+        start = time.perf_counter()
+        self._plan.push(version)
+        return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
+
+    def disconnect_weights(self) -> None:
+        """Forget the plan and unmap the trainer's weights. Harmless when there is no connection."""
+        if getattr(self, "_plan", None) is not None:
+            mapping, self._plan, self._mapping = self._mapping, None, None
+            mapping.close()
 
     def verify_weights(self, messages: dict, digests: dict) -> dict:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
@@ -464,6 +679,7 @@ class ColocateWorkerExtension:
         wrong: dict[str, int] = {}
         checked = 0
         with open_handles(self._own(messages), self.device) as weights:
+            weights.pop(VERSION)
             transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
             for r in (r for r in layout.regions if r.dst is not None):
                 have = parameters[r.parameter].data[r.dst]

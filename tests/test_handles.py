@@ -43,7 +43,7 @@ class Shared(torch.nn.Module):
         self.ids = torch.nn.Parameter(torch.arange(9), requires_grad=False)
         self.mask = torch.nn.Parameter(torch.tensor([True, False, True]), requires_grad=False)
         self.tied = self.matrix
-        rlhf_utils.share_memory(self)
+        rlhf_utils.share_memory(self.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_storage_that_is_not_there_is_refused(module, field, value):
 
 
 def test_handles_of_a_trainer_that_has_ended_are_refused():
-    export = "import torch, rlhf_utils as u; m = torch.nn.Linear(4, 4); u.share_memory(m); "
+    export = "import torch, rlhf_utils as u; m = torch.nn.Linear(4, 4); u.share_memory(m.parameters()); "
     export += "print(u.export_handles(m.named_parameters()))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     message = ast.literal_eval(subprocess.check_output([sys.executable, "-c", export], text=True, env=env, timeout=60))
@@ -218,15 +218,23 @@ def layout() -> Layout:
     def region(weight: str, rows: int) -> Region:
         return Region("fused", (slice(0, 2),), weight, (slice(0, 2),), (rows, 3), torch.float32)
 
-    return Layout([region("a", 4), region("b", 4)], {}, {}, False)
+    return Layout([region("a", 4), region("b", 4)], {}, {}, False, frozenset())
 
 
 def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
     return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0}
 
 
+VERSION = {"name": rlhf_utils.VERSION, "shape": [], "stride": [], "dtype": "int64", "offset": 0, "storage": 1}
+
+
 def test_a_complete_message_is_accepted():
-    check_message({"weights": [weight("b"), weight("a")]}, layout())
+    check_message({"weights": [weight("b"), weight("a"), VERSION]}, layout())
+
+
+def test_a_message_without_a_version_is_refused():
+    with pytest.raises(HandleError, match=f"missing: {rlhf_utils.VERSION}"):
+        check_message({"weights": [weight("b"), weight("a")]}, layout())
 
 
 @pytest.mark.parametrize(
@@ -241,4 +249,4 @@ def test_a_complete_message_is_accepted():
 )
 def test_a_wrong_message_is_refused_by_name(weights, says):
     with pytest.raises(HandleError, match=says):
-        check_message({"weights": weights}, layout())
+        check_message({"weights": [*weights, VERSION]}, layout())

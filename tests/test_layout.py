@@ -76,10 +76,11 @@ for folder in folders:
         with torch.no_grad():
             for p in trainer.parameters():
                 p.normal_()  # also norms and biases: equal values would hide a wrong place
-        u.share_memory(trainer)
+        version = torch.zeros((), dtype=torch.int64)
+        u.share_memory([*trainer.parameters(), version])
         weights = dict(u.checkpoint_tensors(trainer))
         layout = u.expected_layout(model)
-        u.check_message(u.export_handles(weights.items()), layout)
+        u.check_message(u.export_handles([*weights.items(), (u.VERSION, version)]), layout)
         parameters = dict(model.named_parameters())
         before = {n: p.clone() for n, p in parameters.items()}
 
@@ -107,6 +108,33 @@ for folder in folders:
             assert int(seen.max()) == 1, n
             if missed := int((seen == 0).sum()):
                 result["uncovered"][n] = missed
+        # The recorded plan must bring in new values exactly as the loaders bring them.
+        def digests():
+            return {n: u.digest(p) for n, p in parameters.items()}
+
+        def change(step):
+            version.fill_(step)
+            torch.manual_seed(1 + step)
+            with torch.no_grad():
+                for p in trainer.parameters():
+                    p.normal_()
+
+        plan = u.CopyPlan(model, config.model_config, weights, version, layout)
+        result["copies"], result["loaders"] = len(plan.copies), len(plan.loaders)
+        change(1)
+        u._load_weights(model, config.model_config, weights.items(), layout.needs_reload)
+        by_loaders = digests()
+        change(2)
+        plan.push(2)
+        assert not set(by_loaders.items()) & set(digests().items()), "a parameter still holds the first values"
+        change(1)
+        plan.push(1)
+        result["plan_differs"] = [n for n, d in digests().items() if d != by_loaders[n]]
+        try:
+            plan.push(3)
+            result["stale"] = "accepted"
+        except u.HandleError as error:
+            result["stale"] = str(error)
         # The other rank's layout must not fit: cut layers hold other slices there.
         result["other_rank"] = len(differing(u.expected_layout(model, tp_rank=1 - rank))) if world == 2 else None
     print("RESULT " + json.dumps([os.path.basename(folder), result]), flush=True)
@@ -155,3 +183,12 @@ def test_loaders_put_every_weight_where_the_layout_says(results, name):
         assert bool(found["processed"]) == (name in EXPERTS)
         if len(results) == 2:
             assert found["other_rank"] > 0, "the other rank's slices must not pass for this one's"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recorded_plan_brings_in_what_the_loaders_bring_in(results, name):
+    for found in (rank[name] for rank in results):
+        assert found["plan_differs"] == [], "bit for bit, all parameters"
+        assert found["copies"] > 0
+        assert bool(found["loaders"]) == (name in EXPERTS), "only what is packed after loading goes through the loaders"
+        assert "found the trainer's weights at version 1, needed 3" in found["stale"]
