@@ -442,9 +442,6 @@ class MyLLM:
         """Call a method of ColocateWorkerExtension on every worker; results in rank order."""
         return self.llm.collective_rpc(method, args=args)
 
-    def noop(self) -> None:
-        """Does nothing: how long a call to this actor takes."""
-
     def reset_prefix_cache(self) -> bool:
         return self.llm.reset_prefix_cache()
 
@@ -898,7 +895,17 @@ class Log:
             self.stages_s[name] = round(time.perf_counter() - start, 3)
 
 
-def preflight(config: Config, log: Log, report: dict, scratch: Path) -> Colocation:
+@contextlib.contextmanager
+def blame(check: str):
+    """Let the message of a Stop begin with the check that it fails."""
+    try:
+        yield
+    except Stop as error:
+        raise Stop(f"{check}: {error}") from None
+
+
+def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[bool, Path, str]:
+    """Step 1. Fills the report's versions and hardware; returns what a Colocation needs beside the configuration."""
     with log.stage("preflight"):
         check_layout(config)
         report["versions"], rehearsal = find_packages()
@@ -917,7 +924,7 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> Colocati
         log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
     if note:
         log("preflight", note)
-    return (SabotagedColocation if config.inject else Colocation)(config, rehearsal, model, load_format)
+    return rehearsal, model, load_format
 
 
 def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
@@ -935,11 +942,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     print_table(["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"], [list(r.values()) for r in rows])
 
     if config.push == "recorded":
-        with log.stage("connect"):
-            try:
-                report["connect"] = connect = colocation.connect()
-            except Stop as error:
-                raise Stop(f"push: {error}") from None
+        with log.stage("connect"), blame("push"):
+            report["connect"] = connect = colocation.connect()
         log("push", describe_connect(connect))
 
     prompts = PROMPTS if colocation.has_tokenizer else token_prompts(config, colocation.model_config)
@@ -953,11 +957,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     report["verify"] = {"replicas": {"ok": True, "checked": n * len(digests), "wrong": []}}
     log("train", f"step 1: {len(digests)} weights changed, {n} replicas bitwise identical")
 
-    with log.stage("push"):
-        try:
-            push = colocation.push(step=1)
-        except Stop as error:
-            raise Stop(f"push: {error}") from None
+    with log.stage("push"), blame("push"):
+        push = colocation.push(step=1)
     report["pushes"].append(push)
     log("push", f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers in {push['wall_ms']:.1f} ms")
 
@@ -1045,7 +1046,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code, verdict, colocation = PASS, "PASS", None
     try:
-        colocation = preflight(config, log, report, scratch)
+        kind = SabotagedColocation if config.inject else Colocation
+        colocation = kind(config, *preflight(config, log, report, scratch))
         run(config, log, report, colocation)
     except Stop as stop:
         code, verdict = stop.code, f"FAIL: {stop}"

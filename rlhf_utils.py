@@ -497,9 +497,8 @@ class CopyPlan:
     """
 
     def __init__(self, model, model_config, weights: dict[str, torch.Tensor], version: torch.Tensor, layout: Layout):
-        self.model, self.model_config, self.weights, self.version, self.layout = (
-            *(model, model_config, weights, version, layout),
-        )
+        self.model, self.model_config, self.layout = model, model_config, layout
+        self.weights, self.version = weights, version
         wanted = {r.parameter for r in layout.regions}
         parameters = {n: p.data for n, p in model.named_parameters() if n in wanted}
         with _RecordCopies(weights.values(), parameters.values()) as recorder:
@@ -594,6 +593,8 @@ class ColocateWorkerExtension:
     ignores the rest. Method names must differ from the worker's own (vLLM refuses to start otherwise).
     """
 
+    _plan: CopyPlan | None = None  # set while connected
+
     def report_device_id(self) -> dict:
         return {
             "gpu": device_uuid(self.device),
@@ -609,9 +610,7 @@ class ColocateWorkerExtension:
         Returns {"version", "weights", "bytes", "open_ms", "load_ms"}; bytes as received.
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
-        message, layout = self._own(messages), expected_layout(self.get_model())
-        for other in messages.values():  # the same weights on every GPU: all workers load, or none
-            check_message(other, layout)
+        message, layout = self._checked(messages)
         start = time.perf_counter()
         with open_handles(message, self.device) as weights:
             opened = time.perf_counter()
@@ -636,9 +635,7 @@ class ColocateWorkerExtension:
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
-        message, layout = self._own(messages), expected_layout(self.get_model())
-        for other in messages.values():
-            check_message(other, layout)
+        message, layout = self._checked(messages)
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_handles(message, self.device))
             plan = CopyPlan(self.get_model(), self.model_config, weights, weights.pop(VERSION), layout)
@@ -655,7 +652,7 @@ class ColocateWorkerExtension:
 
         Raises HandleError if the trainer's weights are not that version, RuntimeError without `connect_weights`.
         """
-        if getattr(self, "_plan", None) is None:
+        if self._plan is None:
             raise RuntimeError("found no connection to a trainer, needed connect_weights() before push_weights()")
         start = time.perf_counter()
         self._plan.push(version)
@@ -663,9 +660,9 @@ class ColocateWorkerExtension:
 
     def disconnect_weights(self) -> None:
         """Forget the plan and unmap the trainer's weights. Harmless when there is no connection."""
-        if getattr(self, "_plan", None) is not None:
-            mapping, self._plan, self._mapping = self._mapping, None, None
-            mapping.close()
+        if self._plan is not None:
+            self._plan = None
+            self._mapping.close()
 
     def verify_weights(self, messages: dict, digests: dict) -> dict:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
@@ -725,6 +722,13 @@ class ColocateWorkerExtension:
         with open_handles(self._own(messages), self.device) as weights:
             parameters[region.parameter].data[region.dst].copy_(weights[region.weight][region.src])
         return f"rank 1's slice of {region.weight} in {region.parameter} of rank 0"
+
+    def _checked(self, messages: dict) -> tuple[dict, Layout]:
+        """This GPU's message and the model's layout. Raises HandleError unless all messages hold just its weights."""
+        message, layout = self._own(messages), expected_layout(self.get_model())
+        for other in messages.values():  # the same weights on every GPU: all workers load, or none
+            check_message(other, layout)
+        return message, layout
 
     def _own(self, messages: dict) -> dict:
         gpu = device_uuid(self.device)

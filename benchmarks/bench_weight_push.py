@@ -10,6 +10,8 @@ element is compared bitwise after it. Times are of whole calls as the driver see
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import platform
@@ -51,52 +53,41 @@ class BenchWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         shard = sum(p.nbytes for p in self.get_model().parameters())
         size = min(shard, 2**30)
         a = torch.empty(size, dtype=torch.uint8, device=self.device)
-        b, times = torch.empty_like(a), []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            if self.device.type == "cuda":
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                events[0].record()
-                b.copy_(a)
-                events[1].record()
-                torch.cuda.synchronize()
-                times.append(events[0].elapsed_time(events[1]))
-            else:
-                b.copy_(a)
-                times.append(1e3 * (time.perf_counter() - start))
+        b = torch.empty_like(a)
+        median = self._median_ms(functools.partial(b.copy_, a), repeats)
         del a, b
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return statistics.median(times) * shard / size
+        return median * shard / size
 
     def replay_ms(self, repeats: int) -> float:
-        """Median time of the recorded copies alone: on the GPU between two events, on CPU of the call."""
+        """Median time of the recorded copies alone."""
+        plan = self._plan
+        return self._median_ms(plan.graph.replay if plan.graph else lambda: plan._copy(plan.copies), repeats)
+
+    def _median_ms(self, call, repeats: int) -> float:
+        """On the GPU between two events, on CPU of the call."""
         import torch
 
-        if not self._plan.graph:
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                self._plan._copy(self._plan.copies)
-                times.append(1e3 * (time.perf_counter() - start))
-            return statistics.median(times)
+        if self.device.type == "cpu":
+            return statistics.median(milliseconds(call, repeats))
         times = []
         for _ in range(repeats):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            self._plan.graph.replay()
-            events[1].record()
-            torch.cuda.synchronize()
-            times.append(events[0].elapsed_time(events[1]))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
         return statistics.median(times)
 
 
 class BenchColocation(rc.Colocation):
     worker_extension = "bench_weight_push.BenchWorkerExtension"
 
-    def with_push(self, method: str) -> BenchColocation:
-        self.config = rc.dataclasses.replace(self.config, push=method)
-        return self
+    def push_by(self, method: str, step: int) -> dict:
+        self.config = dataclasses.replace(self.config, push=method)
+        return self.push(step)
 
 
 def milliseconds(call, repeats: int) -> list[float]:
@@ -108,11 +99,6 @@ def milliseconds(call, repeats: int) -> list[float]:
     return times
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
-    ordered = sorted(times)
-    return {"p50": statistics.median(ordered), "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]}
-
-
 def bench(colocation: BenchColocation, pushes: int, warmup: int, soak: int) -> list[dict]:
     """One row per method. Raises Stop on a push that does not verify."""
     on_engines = colocation.on_engines
@@ -120,24 +106,24 @@ def bench(colocation: BenchColocation, pushes: int, warmup: int, soak: int) -> l
     connect = colocation.connect()
     connect_ms = connect["wall_ms"]
     extra = max(rc.flatten(on_engines("collective_rpc", "used_bytes"))) - used
-    # Fresh values per push; the trainers' digests prove transport, `verify_weights` placement.
     walls: dict[str, list[float]] = {"simple": [], "recorded": []}
     first, resets, step, checked = {}, [], 0, 0
     for i in range(warmup + pushes):
         for method in walls:
             step += 1
-            colocation.on_trainers("train_step", step)
-            push = colocation.with_push(method).push(step)
+            digests = colocation.train(step)
+            push = colocation.push_by(method, step)
             first.setdefault(method, push["wall_ms"])
-            results = colocation.on_workers("verify_weights", colocation.handles(), {})
-            placement = rc.check_workers(results, "placement")
-            if not placement["ok"]:
-                raise rc.Stop(f"{method}, push {step}: {rc.summary(placement['wrong'])}")
-            checked = placement["checked"]
+            results = colocation.on_workers("verify_weights", colocation.handles(), digests)
+            for kind in ("transport", "placement"):
+                check = rc.check_workers(results, kind)
+                if not check["ok"]:
+                    raise rc.Stop(f"{method}, push {step}, {kind}: {rc.summary(check['wrong'])}")
+            checked = check["checked"]  # of the placement: elements
             if i >= warmup:
                 walls[method].append(push["wall_ms"])
                 resets.append(push["reset_ms"])
-    actor = milliseconds(lambda: on_engines("noop"), 100)
+    actor = milliseconds(lambda: on_engines("__ray_ready__"), 100)
     rpc = milliseconds(lambda: on_engines("collective_rpc", "noop"), 100)
     copy = max(rc.flatten(on_engines("collective_rpc", "device_copy_ms", 20)))
     replay = max(rc.flatten(on_engines("collective_rpc", "replay_ms", 20)))
@@ -154,8 +140,8 @@ def bench(colocation: BenchColocation, pushes: int, warmup: int, soak: int) -> l
     }
     rows = []
     for method, times in walls.items():
-        wall = quantiles(times)
-        row = {"method": method, "wall_ms_p50": wall["p50"], "wall_ms_p95": wall["p95"], **common}
+        p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
+        row = {"method": method, "wall_ms_p50": statistics.median(times), "wall_ms_p95": p95, **common}
         row["first_push_ms"] = first[method] + (connect_ms if method == "recorded" else 0)
         if method == "recorded":
             row |= {"copy_ms_p50": replay, "copy_gb_s": 2 * shard / replay / 1e6, "extra_gpu_bytes": extra}
@@ -190,8 +176,7 @@ def main() -> int:
             tensor_parallel_size=args.tensor_parallel_size,
         )
         try:
-            colocation = rc.preflight(config, log, report, Path(scratch))
-            colocation.__class__ = BenchColocation
+            colocation = BenchColocation(config, *rc.preflight(config, log, report, Path(scratch)))
             colocation.start_ray()
             colocation.start_actors()
             colocation.start_engines(colocation.on_trainers("report_device_id"))
@@ -206,7 +191,7 @@ def main() -> int:
     done = json.loads(output.read_text()) if output.exists() else {"rows": []}
     done |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version()}
     done |= {"versions": report["versions"], "hardware": report["hardware"]}
-    command = ["python benchmarks/bench_weight_push.py", *(a for a in sys.argv[1:])]
+    command = ["python benchmarks/bench_weight_push.py", *sys.argv[1:]]
     done.setdefault("commands", []).append(" ".join(Path(c).name if c.endswith(".json") else c for c in command))
     done["rows"] += [layout | row for row in rows]
     output.write_text(json.dumps(done, indent=1) + "\n")

@@ -70,12 +70,32 @@ def startup() -> str:
     return table(["report", "hardware", "layout", "first verified push", "bare `LLM(...)` ready", "ratio"], rows)
 
 
+def pushes() -> str:
+    rows = []
+    for name, r in load("bench-*.json").items():
+        for simple, recorded in zip(r["rows"][::2], r["rows"][1::2], strict=True):
+            rows.append(
+                [
+                    f"[{name}](results/{name}.json)",
+                    hardware(r),
+                    f"{recorded['model']}, {recorded['engines']} × TP={recorded['tp']}",
+                    *(f"{row['wall_ms_p50']:.1f} ms" for row in (simple, recorded)),
+                    f"{recorded['copy_ms_p50']:.2f} ms",
+                    f"{recorded['device_copy_ms']:.2f} ms",
+                    f"{recorded['noop_rpc_ms']:.1f} ms",
+                    f"{recorded['reset_prefix_cache_ms']:.1f} ms",
+                ]
+            )
+    header = ["report", "hardware", "shape", "simple", "recorded", "its copies", "device copy", "no-op", "cache reset"]
+    return table(header, rows)
+
+
 def tested() -> str:
     combinations: dict[str, set[str]] = {}
-    for r in [*load("run-*.json").values(), *load("startup-*.json").values()]:
+    for r in [r for kind in ("run", "startup", "bench") for r in load(f"{kind}-*.json").values()]:
         combinations.setdefault(versions(r), set()).add(hardware(r))
     return table(["versions", "where"], [[v, ", ".join(sorted(where))] for v, where in combinations.items()])
 
 
 if __name__ == "__main__":
-    print("\n\n".join([runs(), startup(), tested()]))
+    print("\n\n".join([runs(), pushes(), startup(), tested()]))
