@@ -509,6 +509,20 @@ def match_placement(trainers: list[dict], engines: list[list[dict]]) -> list[dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def interrupts_deferred():
+    """Let Ctrl-C wait: interrupted half-way, starting or stopping Ray would leave processes behind."""
+    pending = []
+    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
 class Colocation:
     """The whole layout, alive: a placement group, its trainers and its engines. `close` leaves nothing behind."""
 
@@ -523,6 +537,7 @@ class Colocation:
         self.model_config = json.loads((model / "config.json").read_text())
         self.has_tokenizer = any((model / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
+    @interrupts_deferred()
     def start_ray(self) -> None:
         """Start a private Ray, or join the one at --ray-address. Its processes belong to the engines unless told so.
 
@@ -724,6 +739,7 @@ class Colocation:
         }
         return checks, after
 
+    @interrupts_deferred()
     def close(self) -> None:
         """Stop the engines, then everything else, and remove what killed processes leave in /dev/shm."""
         import psutil
@@ -931,8 +947,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     """All steps. Fills the report as it goes; raises Stop on the first thing that makes going on pointless."""
     n, engines, tp = config.num_gpus, config.num_engines, config.tensor_parallel_size
     with log.stage("start"):
-        with interrupts_deferred():
-            colocation.start_ray()
+        colocation.start_ray()
         colocation.start_actors()
         log("place", f"{n} bundles with {n} training actors and {engines} x TP={tp} engines: starting, a minute or so")
         trainers = colocation.on_trainers("report_device_id")
@@ -1020,20 +1035,6 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("    " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip())
 
 
-@contextlib.contextmanager
-def interrupts_deferred():
-    """Let Ctrl-C wait: interrupted half-way, starting or stopping Ray would leave processes behind."""
-    pending = []
-    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-    if pending:
-        raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     config = Config.from_args(argv)
     log = Log()
@@ -1056,7 +1057,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         try:
             if colocation:
-                with log.stage("teardown"), interrupts_deferred():
+                with log.stage("teardown"):
                     colocation.close()
         except KeyboardInterrupt:
             code, verdict = INTERRUPTED, "FAIL: interrupted"

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -167,6 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     output, report, log = Path(args.output), {}, rc.Log()
     colocation = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does: nothing stays behind
     with tempfile.TemporaryDirectory(prefix="bench-push-") as scratch:
         model = write_shape(args.shape, Path(scratch) / args.shape)
         config = rc.Config(
@@ -184,6 +186,8 @@ def main() -> int:
         except rc.Stop as stop:
             print(f"bench_weight_push.py: error: {stop}", file=sys.stderr)
             return stop.code
+        except KeyboardInterrupt:
+            return rc.INTERRUPTED
         finally:
             if colocation:
                 colocation.close()

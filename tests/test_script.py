@@ -41,6 +41,8 @@ class Run:
         output = tmp_path / "report.json"
         command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
         env = os.environ | {"RLHF_TEST_MARK": mark}
+        # A shell's background jobs ignore SIGINT, and so would a script started by them: pytest's child must not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
         ) as process:
