@@ -123,7 +123,8 @@ class Config:
     @staticmethod
     def from_args(argv: list[str] | None = None) -> Config:
         formatter = argparse.RawDescriptionHelpFormatter
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+        usage = "python rlhf_colocate.py [flags]   (--help lists them)"
+        parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
         for f in dataclasses.fields(Config):
             name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
             if isinstance(f.default, bool):

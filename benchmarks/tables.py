@@ -47,7 +47,7 @@ def runs() -> str:
                 hardware(r),
                 layout + fault,
                 f"{push['bytes'] / 1e6:.0f} MB",
-                f"{push['wall_ms']:.0f} ms",
+                f"{push['wall_ms']:.0f} ms, {push.get('method', 'simple')}",
                 f"{verify['placement']['checked']:,}",
                 f"{verify['behaviour']['mean_gap_nats']:.4f}",
                 r["verdict"].split(":")[0] + (f": {r['verdict'].split(':')[1].strip()}" if fault else ""),
