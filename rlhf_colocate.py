@@ -527,6 +527,7 @@ def interrupts_deferred():
 class Colocation:
     """The whole layout, alive: a placement group, its trainers and its engines. `close` leaves nothing behind."""
 
+    training_actor, engine_actor = RayTrainingActor, MyLLM
     worker_extension = "rlhf_utils.ColocateWorkerExtension"
 
     def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str):
@@ -607,13 +608,13 @@ class Colocation:
 
         base_port = free_port()
         self.engines = [
-            ray.remote(MyLLM)
+            ray.remote(self.engine_actor)
             .options(num_cpus=0, num_gpus=0, scheduling_strategy=on_bundle(e * tp, capture=True))
             .remote(list(range(e * tp, (e + 1) * tp)), config.engine_gpu_share, base_port + 200 * e)
             for e in range(config.num_engines)
         ]
         self.trainers = [
-            ray.remote(RayTrainingActor)
+            ray.remote(self.training_actor)
             .options(
                 num_cpus=0,
                 num_gpus=config.trainer_gpu_share,

@@ -630,14 +630,16 @@ class ColocateWorkerExtension:
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good and record how vLLM's loaders bring them in, once per trainer and engine.
 
-        Returns {"weights", "copies", "bytes", "loaders"}: how many copies a push replays, their bytes, and the names of
-        the weights that it must take through vLLM's loaders (layers that are processed after loading).
+        Returns {"weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: how many copies a push replays, their
+        bytes, and the names of the weights that it must take through vLLM's loaders (processed after loading).
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
         message, layout = self._checked(messages)
+        start = time.perf_counter()
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_handles(message, self.device))
+            opened = time.perf_counter()
             plan = CopyPlan(self.get_model(), self.model_config, weights, weights.pop(VERSION), layout)
             self._plan, self._mapping = plan, mapping.pop_all()
         return {
@@ -645,6 +647,8 @@ class ColocateWorkerExtension:
             "copies": len(plan.copies),
             "bytes": plan.nbytes,
             "loaders": plan.loaders,
+            "open_ms": 1e3 * (opened - start),
+            "record_ms": 1e3 * (time.perf_counter() - opened),
         }
 
     def push_weights(self, version: int) -> dict:
@@ -672,18 +676,10 @@ class ColocateWorkerExtension:
         `wrong` names the tensors that differ (with the number of elements, for placement).
         """
         layout = expected_layout(self.get_model())
-        parameters = dict(self.get_model().named_parameters())
-        wrong: dict[str, int] = {}
-        checked = 0
         with open_handles(self._own(messages), self.device) as weights:
             weights.pop(VERSION)
             transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
-            for r in (r for r in layout.regions if r.dst is not None):
-                have = parameters[r.parameter].data[r.dst]
-                checked += have.numel()
-                unequal = same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
-                if unequal:
-                    wrong[r.parameter] = wrong.get(r.parameter, 0) + unequal
+            checked, wrong = self._compare(layout, weights)
             count = len(weights)
         return {
             "gpu": device_uuid(self.device),
@@ -696,6 +692,16 @@ class ColocateWorkerExtension:
                 "processed": layout.processed,
             },
         }
+
+    def _compare(self, layout: Layout, weights: dict[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
+        """Parameter elements against what they must be: how many, and {parameter: how many are wrong}."""
+        parameters = dict(self.get_model().named_parameters())
+        checked, wrong = 0, Counter()
+        for r in (r for r in layout.regions if r.dst is not None):
+            have = parameters[r.parameter].data[r.dst]
+            checked += have.numel()
+            wrong[r.parameter] += same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
+        return checked, dict(+wrong)
 
     def record_weights(self) -> int:
         """Remember a digest of every parameter for `check_weights_changed`. Returns how many there are."""

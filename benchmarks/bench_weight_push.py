@@ -1,17 +1,20 @@
-"""Time a push of new weights, in turns on one layout: the recorded copies, the simple way, and the floors of both.
+"""Time a push of new weights, in turns on one layout: our two ways, their peers, and the floors.
 
 python benchmarks/bench_weight_push.py --shape Qwen2.5-0.5B --num-gpus 1 --tensor-parallel-size 1 --output out.json
 
-Floors: an actor's no-op (one Ray round trip to every engine), a no-op through vLLM's collective_rpc as well, and a
-device-to-device copy of as many bytes as the largest shard has. Every push brings fresh values, and every parameter
-element is compared bitwise after it. Times are of whole calls as the driver sees them, in milliseconds.
+Methods: simple, recorded, bucket, vllm, vllm-packed (see push_peers.py). Floors: an actor's no-op (one Ray round trip
+to every engine), a no-op through vLLM's collective_rpc as well, and a device-to-device copy of as many bytes as the
+largest shard has. Each takes its turn after a training step, so all find processes and GPU as idle as the others do.
+Every push brings fresh values, and every parameter element is compared bitwise after it. Times are of whole calls as
+the driver sees them, in milliseconds.
+
+--soak N: N more recorded pushes. The trainers overwrite all weights as soon as each has answered, while the workers
+look for an element of the next values; what all processes hold is compared between the beginning and the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
 import platform
@@ -26,106 +29,51 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
+from push_peers import PeerColocation, milliseconds  # noqa: E402
 from shapes import SHAPES, write_shape  # noqa: E402
 
 import rlhf_colocate as rc  # noqa: E402
-import rlhf_utils  # noqa: E402
 
 
-class BenchWorkerExtension(rlhf_utils.ColocateWorkerExtension):
-    """What the floors and the accounts need from the workers."""
-
-    def noop(self) -> None:
-        pass
-
-    def used_bytes(self) -> int:
-        """Of the GPU, by all processes; 0 on CPU."""
-        import torch
-
-        if self.device.type == "cpu":
-            return 0
-        free, total = torch.cuda.mem_get_info(self.device)
-        return total - free
-
-    def device_copy_ms(self, repeats: int) -> float:
-        """Median time of a plain copy of up to 1 GiB, scaled to this worker's weights."""
-        import torch
-
-        shard = sum(p.nbytes for p in self.get_model().parameters())
-        size = min(shard, 2**30)
-        a = torch.empty(size, dtype=torch.uint8, device=self.device)
-        b = torch.empty_like(a)
-        median = self._median_ms(functools.partial(b.copy_, a), repeats)
-        del a, b
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return median * shard / size
-
-    def replay_ms(self, repeats: int) -> float:
-        """Median time of the recorded copies alone."""
-        plan = self._plan
-        return self._median_ms(plan.graph.replay if plan.graph else lambda: plan._copy(plan.copies), repeats)
-
-    def _median_ms(self, call, repeats: int) -> float:
-        """On the GPU between two events, on CPU of the call."""
-        import torch
-
-        if self.device.type == "cpu":
-            return statistics.median(milliseconds(call, repeats))
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
-
-
-class BenchColocation(rc.Colocation):
-    worker_extension = "bench_weight_push.BenchWorkerExtension"
-
-    def push_by(self, method: str, step: int) -> dict:
-        self.config = dataclasses.replace(self.config, push=method)
-        return self.push(step)
-
-
-def milliseconds(call, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def bench(colocation: BenchColocation, pushes: int, warmup: int, soak: int) -> list[dict]:
+def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
     """One row per method. Raises Stop on a push that does not verify."""
     on_engines = colocation.on_engines
+    colocation.prepare()
+    methods = colocation.methods()
     used = max(rc.flatten(on_engines("collective_rpc", "used_bytes")))
     connect = colocation.connect()
-    connect_ms = connect["wall_ms"]
     extra = max(rc.flatten(on_engines("collective_rpc", "used_bytes"))) - used
-    walls: dict[str, list[float]] = {"simple": [], "recorded": []}
-    first, resets, step, checked = {}, [], 0, 0
+    floors = {
+        "actor": lambda: on_engines("__ray_ready__"),
+        "rpc": lambda: on_engines("collective_rpc", "noop"),
+    }
+    times: dict[str, list[float]] = {}  # by method or part, milliseconds
+    first, step = {}, 0
+
+    def count(name: str, ms: float, i: int) -> None:
+        first.setdefault(name, ms)
+        if i >= warmup:
+            times.setdefault(name, []).append(ms)
+
     for i in range(warmup + pushes):
-        for method in walls:
+        for name, call in floors.items():
             step += 1
-            digests = colocation.train(step)
+            colocation.on_trainers("train_step", step)
+            count(name, milliseconds(call, 1)[0], i)
+        for method in methods:
+            step += 1
+            colocation.on_trainers("train_step", step)
+            start = time.perf_counter()
             push = colocation.push_by(method, step)
-            first.setdefault(method, push["wall_ms"])
-            results = colocation.on_workers("verify_weights", colocation.handles(), digests)
-            for kind in ("transport", "placement"):
-                check = rc.check_workers(results, kind)
-                if not check["ok"]:
-                    raise rc.Stop(f"{method}, push {step}, {kind}: {rc.summary(check['wrong'])}")
-            checked = check["checked"]  # of the placement: elements
-            if i >= warmup:
-                walls[method].append(push["wall_ms"])
-                resets.append(push["reset_ms"])
-    actor = milliseconds(lambda: on_engines("__ray_ready__"), 100)
-    rpc = milliseconds(lambda: on_engines("collective_rpc", "noop"), 100)
+            count(method, push["wall_ms"], i)
+            if method == "recorded":
+                count("reset", push["reset_ms"], i)
+                count("to_workers", 1e3 * (max(w["began"] for w in push["workers"]) - start), i)
+                count("copy", max(w["copy_ms"] for w in push["workers"]), i)
+            for checked, wrong in colocation.on_workers("compare", colocation.handles()):
+                if wrong or not checked:
+                    raise rc.Stop(f"{method}, push {step}: wrong elements: {rc.summary(wrong)}")
+    median = {name: statistics.median(ms) for name, ms in times.items()}
     copy = max(rc.flatten(on_engines("collective_rpc", "device_copy_ms", 20)))
     replay = max(rc.flatten(on_engines("collective_rpc", "replay_ms", 20)))
     shard = max(w["bytes"] for w in connect["workers"])
@@ -133,27 +81,46 @@ def bench(colocation: BenchColocation, pushes: int, warmup: int, soak: int) -> l
         "shard_bytes": shard,
         "device_copy_ms": copy,
         "device_copy_gb_s": 2 * shard / copy / 1e6,
-        "noop_rpc_ms": statistics.median(rpc),
-        "noop_actor_ms": statistics.median(actor),
-        "reset_prefix_cache_ms": statistics.median(resets),
-        "elements_verified": checked,
+        "noop_rpc_ms": median["rpc"],
+        "noop_actor_ms": median["actor"],
+        "noop_rpc_in_a_row_ms": statistics.median(milliseconds(floors["rpc"], 100)),
+        "noop_actor_in_a_row_ms": statistics.median(milliseconds(floors["actor"], 100)),
+        "reset_prefix_cache_ms": median["reset"],
+        "elements_verified": checked,  # of one worker, after each push
         "verified": True,
     }
     rows = []
-    for method, times in walls.items():
-        p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
-        row = {"method": method, "wall_ms_p50": statistics.median(times), "wall_ms_p95": p95, **common}
-        row["first_push_ms"] = first[method] + (connect_ms if method == "recorded" else 0)
+    for method in methods:
+        p95 = statistics.quantiles(times[method], n=20, method="inclusive")[-1]
+        row = {"method": method, "wall_ms_p50": median[method], "wall_ms_p95": p95, "first_push_ms": first[method]}
         if method == "recorded":
-            row |= {"copy_ms_p50": replay, "copy_gb_s": 2 * shard / replay / 1e6, "extra_gpu_bytes": extra}
+            row["first_push_ms"] += connect["wall_ms"]
+            row |= {"connect_ms": connect["wall_ms"], "extra_gpu_bytes": extra}
+            row |= {f"connect_{k}": max(w[k] for w in connect["workers"]) for k in ("open_ms", "record_ms")}
+            row |= {"copy_ms_p50": replay, "copy_gb_s": 2 * shard / replay / 1e6}
+            row |= {"to_workers_ms": median["to_workers"], "push_in_worker_ms": median["copy"]}
             row |= {"copies": sum(w["copies"] for w in connect["workers"]), "loaders": connect["workers"][0]["loaders"]}
-        rows.append(row)
-    if soak:
-        before = max(rc.flatten(on_engines("collective_rpc", "used_bytes")))
-        times = milliseconds(lambda: on_engines("collective_rpc", "push_weights", step), soak)
-        growth = max(rc.flatten(on_engines("collective_rpc", "used_bytes"))) - before
-        rows[-1] |= {"soak_pushes": soak, "soak_gpu_growth_bytes": growth, "soak_wall_ms_p50": statistics.median(times)}
+        rows.append(row | common)
     return rows
+
+
+def soak(colocation: PeerColocation, pushes: int) -> dict:
+    """Pushes in a row, each followed at once by the trainers' next write. Raises Stop if one tears."""
+    times, before = [], {}
+    for i in range(pushes + 50):
+        if i == 50:  # pools and caches have grown to their size
+            before = colocation.held()
+        step, value = 1_000_000 + i, float(i % 100 + 1)  # exact in bf16
+        if i == 0:
+            colocation.on_trainers("fill", value, step)
+        times += milliseconds(lambda: colocation.on_engines("collective_rpc", "push_weights", step), 1)  # noqa: B023
+        next_write = [t.fill.remote(float((i + 1) % 100 + 1), step + 1) for t in colocation.trainers]
+        torn = rc.flatten(colocation.on_engines("collective_rpc", "torn", value))
+        if any(torn):
+            raise rc.Stop(f"push {i} of the soak: {max(torn)} slices of a worker hold other values than were pushed")
+        rc.get(next_write, "training actors (fill)", colocation.config.timeout)
+    growth = {k: v - before[k] for k, v in colocation.held().items()}
+    return {"soak_pushes": pushes, "soak_wall_ms_p50": statistics.median(times[50:]), "soak_growth": growth}
 
 
 def main() -> int:
@@ -178,11 +145,13 @@ def main() -> int:
             tensor_parallel_size=args.tensor_parallel_size,
         )
         try:
-            colocation = BenchColocation(config, *rc.preflight(config, log, report, Path(scratch)))
+            colocation = PeerColocation(config, *rc.preflight(config, log, report, Path(scratch)))
             colocation.start_ray()
             colocation.start_actors()
             colocation.start_engines(colocation.on_trainers("report_device_id"))
-            rows = bench(colocation, args.pushes, args.warmup, args.soak)
+            rows = bench(colocation, args.pushes, args.warmup)
+            if args.soak:
+                next(r for r in rows if r["method"] == "recorded").update(soak(colocation, args.soak))
         except rc.Stop as stop:
             print(f"bench_weight_push.py: error: {stop}", file=sys.stderr)
             return stop.code
@@ -201,14 +170,9 @@ def main() -> int:
     output.write_text(json.dumps(done, indent=1) + "\n")
     for row in rows:
         p50, p95 = row["wall_ms_p50"], row["wall_ms_p95"]
-        print(
-            f"{args.shape} {row['method']:9} wall {p50:.2f} ms (p95 {p95:.2f}), copies {row.get('copy_ms_p50', 0):.2f}"
-        )
-    first = rows[0]
-    print(
-        f"floors: actor no-op {first['noop_actor_ms']:.2f} ms, collective_rpc no-op {first['noop_rpc_ms']:.2f} ms, "
-        f"device copy {first['device_copy_ms']:.2f} ms"
-    )
+        print(f"{args.shape} {row['method']:11} wall {p50:.2f} ms (p95 {p95:.2f}), first {row['first_push_ms']:.1f}")
+        if row["method"] == "recorded":
+            print(f"    { ({k: v for k, v in row.items() if k not in ('model', 'method')}) }")
     return 0
 
 

@@ -70,23 +70,33 @@ def startup() -> str:
     return table(["report", "hardware", "layout", "first verified push", "bare `LLM(...)` ready", "ratio"], rows)
 
 
+METHODS = {  # of bench_weight_push.py, as readers see them
+    "recorded": "recorded",
+    "simple": "simple",
+    "bucket": "512 MB bucket",
+    "vllm": "vLLM's IPC transfer",
+    "vllm-packed": "the same, packed",
+}
+
+
+def bench_shapes() -> dict[tuple[str, str], dict[str, dict]]:
+    """{(hardware, shape and layout): {method: row}}, the smallest shape first."""
+    shapes: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in load("bench-*.json").values():
+        for row in r["rows"]:
+            key = (hardware(r), f"{row['model']}, {row['engines']} × TP={row['tp']}")
+            shapes.setdefault(key, {})[row["method"]] = row
+    return dict(sorted(shapes.items(), key=lambda item: item[1]["recorded"]["shard_bytes"]))
+
+
 def pushes() -> str:
     rows = []
-    for name, r in load("bench-*.json").items():
-        for simple, recorded in zip(r["rows"][::2], r["rows"][1::2], strict=True):
-            rows.append(
-                [
-                    f"[{name}](results/{name}.json)",
-                    hardware(r),
-                    f"{recorded['model']}, {recorded['engines']} × TP={recorded['tp']}",
-                    *(f"{row['wall_ms_p50']:.1f} ms" for row in (simple, recorded)),
-                    f"{recorded['copy_ms_p50']:.2f} ms",
-                    f"{recorded['device_copy_ms']:.2f} ms",
-                    f"{recorded['noop_rpc_ms']:.1f} ms",
-                    f"{recorded['reset_prefix_cache_ms']:.1f} ms",
-                ]
-            )
-    header = ["report", "hardware", "shape", "simple", "recorded", "its copies", "device copy", "no-op", "cache reset"]
+    for (where, shape), methods in bench_shapes().items():
+        recorded = methods["recorded"]
+        walls = [f"{methods[m]['wall_ms_p50']:.1f}" if m in methods else "–" for m in METHODS]
+        floors = [recorded[k] for k in ("noop_rpc_ms", "copy_ms_p50", "device_copy_ms")]
+        rows.append([where, shape, *walls, *(f"{ms:.2f}" for ms in floors)])
+    header = ["milliseconds", "shape", *METHODS.values(), "no-op", "its copies", "device copy"]
     return table(header, rows)
 
 
