@@ -31,6 +31,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -107,14 +109,38 @@ class Config:
         "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push",
         choices=("recorded", "simple"),
     )
-    max_tokens: int = flag(16, "tokens to generate per prompt")
+    max_tokens: int = flag(16, "tokens to generate per completion, at most")
+    steps: int = flag(5, "RLHF steps after the proof of the push; 0: the proof alone")
+    prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines")
+    group_size: int = flag(8, "completions per prompt")
+    learning_rate: float | None = flag(None, "of AdamW (default: 1e-5, or 5e-3 for seeded random weights)", type=float)
+    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability")
+    kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy")
+    micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor")
+    sleep_level: int = flag(
+        2,
+        "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing",
+        choices=(0, 1, 2),
+    )
+    offload_optimizer: bool = flag(False, "keep the optimizer's 12 bytes per parameter in host memory between steps")
     logprob_tolerance: float = flag(0.06, "largest mean gap between engine and trainer log-probabilities, nats")
     seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
     inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
+    metrics: str | None = flag(None, "append one JSON line per RLHF step to this file")
+    plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
+    trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
+    checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
+    checkpoint_every: int = flag(0, "and after every so many RLHF steps (0: only at the end)")
+    resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
     timeout: float = flag(600.0, "longest wait for any single stage, seconds")
     verbose: bool = flag(False, "show the output of vLLM and the actors")
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines give up memory while the trainers train."""
+        return self.steps > 0 and self.sleep_level > 0
 
     @property
     def num_engines(self) -> int:
@@ -130,7 +156,7 @@ class Config:
             if isinstance(f.default, bool):
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
                 continue
-            kind = str if f.default is None else type(f.default)
+            kind = f.metadata.get("type") or (str if f.default is None else type(f.default))
             text += "" if f.default is None else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
         return Config(**vars(parser.parse_args(argv)))
@@ -173,11 +199,39 @@ def check_layout(config: Config) -> None:
         require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2", USAGE)
     if config.inject == "drift-replica":
         require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2", USAGE)
-    folder = Path(config.output_json or ".").resolve().parent
-    require(folder.is_dir(), f"no folder {folder}", "one for --output-json", f"type mkdir -p {folder}", USAGE)
-    taken = bool(config.output_json) and Path(config.output_json).is_dir()
-    fix = f"type --output-json {config.output_json}/report.json"
-    require(not taken, f"a folder at --output-json {config.output_json}", "a file", fix, USAGE)
+    for name in ("output_json", "metrics", "plot", "trace", "checkpoint"):
+        path, what = getattr(config, name), "--" + name.replace("_", "-")
+        folder = Path(path or ".").resolve().parent
+        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}", USAGE)
+        taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
+        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}", USAGE)
+
+
+def check_loop(config: Config) -> None:
+    """Raise Stop(USAGE) or Stop(MISSING) for an RLHF loop that cannot run."""
+    prompts, sequences = config.prompts_per_step, config.prompts_per_step * config.group_size
+    negative = [n for n in ("steps", "checkpoint_every") if getattr(config, n) < 0]
+    negative += [n for n in ("max_tokens", "micro_batch_size", "clip_range") if getattr(config, n) <= 0]
+    negative += [n for n in ("learning_rate", "kl_coef") if (getattr(config, n) or 0) < 0]
+    for name in negative:
+        what = "--" + name.replace("_", "-")
+        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}", USAGE)
+    if not config.steps:
+        return
+    found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
+    require(config.group_size > 1, found, needed, "type --group-size 8", USAGE)
+    needed, fix = f"one for each of {config.num_engines} engines", f"type --prompts-per-step {config.num_engines}"
+    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
+    needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
+    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
+    if config.plot:
+        found = importlib.util.find_spec("matplotlib")
+        require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)
+    if config.resume:
+        state = Path(config.resume) / "trainer_state.pt"
+        needed = "a folder that --checkpoint wrote"
+        require(state.is_file(), f"no {state}", needed, "check --resume", USAGE)
+        require(not config.model, "--model and --resume", "one of them", "leave out --model", USAGE)
 
 
 def check_heads(config: Config, model_config: dict) -> None:
@@ -283,14 +337,14 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
     Raises Stop(USAGE) for a model that the user named and that cannot be had; the default model is replaced by its
     architecture with random weights then.
     """
-    model, needed = config.model or DEFAULT_MODEL, "a Hugging Face checkpoint"
+    model, needed = config.resume or config.model or DEFAULT_MODEL, "a Hugging Face checkpoint"
     folder = Path(model).expanduser()
     if folder.is_dir() or model.startswith((".", "/", "~")):
         require((folder / "config.json").is_file(), f"no {folder}/config.json", needed, "check --model", USAGE)
         weights = config.load_format == "dummy" or has_weights(folder)
         fix = "check --model, or type --load-format dummy for seeded random weights"
         require(weights, f"no weights (*.safetensors, *.bin) in {folder}", needed, fix, USAGE)
-        return folder.resolve(), config.load_format, ""
+        return folder.resolve(), "auto" if config.resume else config.load_format, ""
     answer: list = []
     # A thread, since a hub that does not answer can hold the client for much longer than anyone wants to wait.
     fetch = threading.Thread(target=lambda: answer.append(_from_hub(model, config.load_format)), daemon=True)
@@ -338,8 +392,23 @@ def _from_hub(model: str, load_format: str, download: bool = False) -> Path | st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def traced(method):
+    """Let an actor's method note when it ran, for --trace: (name, seconds since the epoch, seconds)."""
+
+    @functools.wraps(method)
+    def timed(self, *args):
+        start = time.time()
+        try:
+            return method(self, *args)
+        finally:
+            name = args[0] if method.__name__ == "collective_rpc" else method.__name__
+            self.__dict__.setdefault("spans", []).append((name, start, time.time() - start))
+
+    return timed
+
+
 class RayTrainingActor:
-    """A trainer: one full replica of the model on its share of a GPU. Replace `train_step` by your optimizer step."""
+    """A trainer: one full replica of the model on its share of a GPU. `rlhf_grpo.Learner` is its optimizer."""
 
     def __init__(self, model: str, load_format: str, dtype: str, seed: int, device: str):
         import torch
@@ -369,25 +438,85 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def train_step(self, step: int) -> None:
-        """Change every weight, by seeded noise of 2 % of its root mean square: different for each tensor and step.
+    def build_learner(self, rank: int, world: int, address: str, resume: str | None, options: dict) -> int:
+        """Make the optimizer, and the process group of all trainers. Returns how many steps it has done before."""
+        import torch
 
-        Stands for an optimizer step with averaged gradients, after which all replicas are equal again. Weights change
-        in place, as engines have them mapped, and the change is over, on the GPU too, when this returns.
+        import rlhf_grpo
+
+        if world > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=world)
+        self.learner = rlhf_grpo.Learner(self.model, **options)
+        if resume:
+            self.learner.load(Path(resume))
+        return self.learner.steps
+
+    def free_address(self) -> str:
+        """host:port on this actor's node."""
+        import ray
+
+        return f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+    @contextlib.contextmanager
+    def _weights_change(self, version: int):
+        """What engines read of `version` meanwhile: -1. The change is over, on the GPU too, when this is left."""
+        import torch
+
+        self.version.fill_(-1)
+        yield
+        self.version.fill_(version)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @traced
+    def perturb(self, version: int) -> None:
+        """Change every weight, by seeded noise of 2 % of its root mean square: different for each tensor and version.
+
+        For the proof of the push, which an optimizer step does not suit: it leaves some weights as they are.
         """
         import torch
 
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
-        self.version.fill_(-1)
-        with torch.no_grad():
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + version)
+        with torch.no_grad(), self._weights_change(version):
             for p in self.model.parameters():
                 scale = 0.02 * p.float().square().mean().sqrt().clamp_min(0.02)
                 noise = torch.empty(p.shape, dtype=torch.float32, device=self.device).normal_(generator=generator)
                 p.add_((noise * scale).to(p.dtype))
-        self.version.fill_(step)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
+    @traced
+    def restore(self, version: int) -> None:
+        """Take the noise back."""
+        with self._weights_change(version):
+            self.learner.restore()
+
+    @traced
+    def learn(self, samples: list[dict], total_tokens: int, version: int) -> dict[str, float]:
+        """One optimizer step of all trainers, each on its samples (see rlhf_grpo). Returns the step's metrics."""
+        import torch
+
+        try:
+            with self._weights_change(version):
+                return self.learner.step(samples, total_tokens)
+        except torch.OutOfMemoryError:
+            free, total = (x / 2**30 for x in torch.cuda.mem_get_info(self.device))
+            mine = torch.cuda.max_memory_reserved(self.device) / 2**30
+            raise RuntimeError(
+                f"out of GPU memory in the optimizer step: found {free:.1f} GiB free of {total:.0f}, {mine:.1f} held "
+                "by this training actor; needed more; type --sleep-level 2 (if it was lower), --micro-batch-size 1, "
+                "a lower --gpu-memory-utilization, or --offload-optimizer"
+            ) from None
+
+    @traced
+    def save(self, folder: str) -> None:
+        """Write an HF checkpoint, and the optimizer's state beside it."""
+        self.model.save_pretrained(folder)
+        self.learner.save(Path(folder))
+
+    def trace(self) -> list[tuple]:
+        return self.__dict__.get("spans", [])
+
+    @traced
     def weight_digests(self) -> dict[str, str]:
         """{weight name: 64-bit digest of its bits}."""
         import rlhf_utils
@@ -419,6 +548,7 @@ class MyLLM:
     """A vLLM engine. This actor runs its scheduler and takes no GPU; its workers are actors on the given bundles."""
 
     def __init__(self, bundle_indices: list[int], gpu_share: float, master_port: int):
+        self.version: int | None = None  # of the weights: the last whole push's
         # Read by vLLM's Ray executor when the engine is built.
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(gpu_share)
         os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_indices))
@@ -439,13 +569,51 @@ class MyLLM:
         self.llm = LLM(**engine_args)
         return self.llm.collective_rpc("report_device_id")
 
+    @traced
     def collective_rpc(self, method: str, *args) -> list:
         """Call a method of ColocateWorkerExtension on every worker; results in rank order."""
         return self.llm.collective_rpc(method, args=args)
 
-    def reset_prefix_cache(self) -> bool:
-        return self.llm.reset_prefix_cache()
+    @traced
+    def finish_push(self, version: int) -> bool:
+        """After a push: forget the keys and values of the old weights, and remember the version. False if it cannot."""
+        done = self.llm.reset_prefix_cache()
+        self.version = version if done else None
+        return done
 
+    @traced
+    def sleep(self, level: int) -> None:
+        """Give GPU memory up: 1 weights (to the host) and KV cache, 2 both dropped. vLLM ignores it on CPU."""
+        self.llm.sleep(level=level)
+
+    @traced
+    def wake_up(self, tag: str) -> None:
+        """Take memory again: "weights" (after level 2 their content is undefined until a push), then "kv_cache"."""
+        self.llm.wake_up(tags=[tag])
+
+    @traced
+    def rollout(self, prompts: list, group_size: int, max_tokens: int, seeds: list[int]) -> dict:
+        """Sample group_size completions of each prompt at temperature 1, reproducibly by one seed per prompt.
+
+        Returns {"version", "groups": for each prompt [{"prompt", "tokens", "text", "logprobs"}]}; logprobs are the
+        sampler's, in nats, one per token.
+        """
+        from vllm import SamplingParams
+
+        common = {"n": group_size, "temperature": 1.0, "max_tokens": max_tokens, "logprobs": 0}
+        params = [SamplingParams(**common, seed=seed) for seed in seeds]
+        inputs = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
+        groups = []
+        for out in self.llm.generate(inputs, params, use_tqdm=False):
+            groups.append([])
+            for done in sorted(out.outputs, key=lambda o: o.index):
+                tokens = list(done.token_ids)
+                logprobs = [row[t].logprob for t, row in zip(tokens, done.logprobs, strict=True)]
+                sample = {"prompt": list(out.prompt_token_ids), "tokens": tokens, "text": done.text}
+                groups[-1].append(sample | {"logprobs": logprobs})
+        return {"version": self.version, "groups": groups}
+
+    @traced
     def generate(self, prompts: list, max_tokens: int) -> list[dict]:
         """Greedy completions, with the log-probabilities (nats) of prompt and completion tokens."""
         from vllm import SamplingParams
@@ -461,6 +629,9 @@ class MyLLM:
             logprobs = [row[t].logprob for t, row in zip([*prompt[1:], *tokens], table, strict=True)]
             results.append({"prompt": prompt, "tokens": tokens, "text": done.text, "logprobs": logprobs})
         return results
+
+    def trace(self) -> list[tuple]:
+        return self.__dict__.get("spans", [])
 
     def shutdown(self) -> None:
         """End the workers and give their shared memory back."""
@@ -524,6 +695,18 @@ def interrupts_deferred():
         raise KeyboardInterrupt
 
 
+# What may follow what: {(state of the engines, action): state after it}. Out of order, vLLM would crash, or sample from
+# weights that are not there.
+TRANSITIONS = {
+    ("ready", "generate"): "ready",
+    ("ready", "push"): "ready",
+    ("ready", "sleep"): "asleep",
+    ("asleep", "wake weights"): "weights awake",
+    ("weights awake", "push"): "weights pushed",
+    ("weights pushed", "wake kv_cache"): "ready",
+}
+
+
 class Colocation:
     """The whole layout, alive: a placement group, its trainers and its engines. `close` leaves nothing behind."""
 
@@ -536,6 +719,7 @@ class Colocation:
         self.trainers: list = []
         self.engines: list = []
         self.engine_gpus: list[list[str]] = []  # set once the engines are up
+        self.state = "ready"  # of the engines, see TRANSITIONS
         self.model_config = json.loads((model / "config.json").read_text())
         self.has_tokenizer = any((model / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
@@ -647,6 +831,7 @@ class Colocation:
                 max_num_seqs=64,
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
+                enable_sleep_mode=config.sleeps and not self.rehearsal,
                 seed=config.seed,
                 **limit,
             )
@@ -673,13 +858,96 @@ class Colocation:
         """{GPU UUID: message} of all trainers. Fresh ones for each use: an export may be opened once only."""
         return {gpu: m for one in self.on_trainers("get_weight_ipc_handles") for gpu, m in one.items()}
 
-    def train(self, step: int) -> dict[str, str]:
-        """One step of all trainers. Returns the weights' digests; raises Stop if the replicas are not identical."""
-        self.on_trainers("train_step", step)
+    @contextlib.contextmanager
+    def transition(self, action: str):
+        """Do `action` only where TRANSITIONS allows it. If it fails, the engines can do nothing more."""
+        if (self.state, action) not in TRANSITIONS:
+            allowed = ", ".join(a for state, a in TRANSITIONS if state == self.state) or "nothing"
+            raise RuntimeError(f"found the engines {self.state}, which allows {allowed}; was asked for {action}")
+        state, self.state = self.state, f"broken: {action} failed"
+        yield
+        self.state = TRANSITIONS[state, action]
+
+    def perturb(self, version: int) -> dict[str, str]:
+        """Change all weights for the proof of the push. Returns their digests; raises Stop as `check_replicas`."""
+        self.on_trainers("perturb", version)
+        return self.check_replicas()
+
+    def check_replicas(self) -> dict[str, str]:
+        """{weight: digest}. Raises Stop unless the weights are bitwise the same in all trainers."""
         digests = self.on_trainers("weight_digests")
         if wrong := different_weights(digests):
             raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(wrong)}")
         return digests[0]
+
+    def build_learners(self) -> int:
+        """Make the trainers' optimizers, and their process group. Returns the steps done before (--resume)."""
+        config, world = self.config, len(self.trainers)
+        rate = config.learning_rate or (5e-3 if self.load_format == "dummy" else 1e-5)
+        options = {"learning_rate": rate, "clip_range": config.clip_range, "kl_coef": config.kl_coef}
+        options |= {"micro_batch_size": config.micro_batch_size, "offload": config.offload_optimizer}
+        address = get(self.trainers[0].free_address.remote(), "training actor", config.timeout)
+        refs = [
+            t.build_learner.remote(rank, world, address, config.resume and str(self.model), options)
+            for rank, t in enumerate(self.trainers)
+        ]
+        return get(refs, "training actors (build_learner)", config.timeout)[0]
+
+    def generate(self, prompts: list) -> list[list[dict]]:
+        """Greedy completions of all prompts by each engine (see `MyLLM.generate`)."""
+        with self.transition("generate"):
+            return self.on_engines("generate", prompts, self.config.max_tokens)
+
+    def rollout(self, prompts: list, seed: int, version: int) -> list[dict]:
+        """Samples of all prompts, group after group, by all engines in parallel. Raises Stop on another version."""
+        n, config = len(self.engines), self.config
+        seeds = [seed + 1000 * i for i in range(len(prompts))]  # vLLM counts up from it within a group
+        with self.transition("generate"):
+            refs = [
+                e.rollout.remote(prompts[i::n], config.group_size, config.max_tokens, seeds[i::n])
+                for i, e in enumerate(self.engines)
+            ]
+            parts = get(refs, "engines (rollout)", config.timeout)
+        for e, part in enumerate(parts):
+            if part["version"] != version:
+                raise Stop(f"engine {e} sampled with weights of version {part['version']}, needed {version}")
+        return flatten([parts[i % n]["groups"][i // n] for i in range(len(prompts))])
+
+    def sleep(self) -> None:
+        """All engines give up their memory (--sleep-level)."""
+        with self.transition("sleep"):
+            self.on_engines("sleep", self.config.sleep_level)
+
+    def wake_up(self, tag: str) -> None:
+        """ "weights", then push, then "kv_cache"."""
+        with self.transition(f"wake {tag}"):
+            self.on_engines("wake_up", tag)
+
+    def learn(self, samples: list[dict], version: int) -> dict[str, float]:
+        """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
+        n, total_tokens = len(self.trainers), sum(len(s["tokens"]) for s in samples)
+        refs = [t.learn.remote(samples[i::n], total_tokens, version) for i, t in enumerate(self.trainers)]
+        return get(refs, "training actors (learn)", self.config.timeout)[0]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; an older one there is replaced once the new one is complete."""
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
+        for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*"):
+            for file in self.model.glob(pattern):
+                shutil.copy(file, new)
+        get(self.trainers[0].save.remote(str(new.resolve())), "training actor (save)", self.config.timeout)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def gpu_used_gib(self) -> float:
+        """Memory in use on the fullest GPU, by all its processes; 0 in the rehearsal."""
+        used = flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
+        return max(used) / 2**30
 
     def connect(self) -> dict:
         """Let every worker map its trainer's weights and record the copies; again after either was replaced.
@@ -690,30 +958,30 @@ class Colocation:
         workers = self.on_workers("connect_weights", self.handles())
         return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
 
-    def push(self, step: int) -> dict:
-        """Load the trainers' weights into all engines. Returns {"step", "method", "wall_ms", "reset_ms", ...}.
+    def push(self, version: int) -> dict:
+        """Load the trainers' weights into all engines. Returns {"version", "method", "wall_ms", "reset_ms", ...}.
 
         wall_ms: from the call to the last worker's reply; reset_ms: of the prefix caches, block by block in vLLM.
         bytes: over all workers; read (simple) or written (recorded). workers: what each of them returned.
-        The trainers must have finished that step, and may change their weights again when this returns.
+        The trainers must have finished that version, and may change their weights again when this returns.
         """
-        start = time.perf_counter()
-        if self.config.push == "simple":
-            loaded = self.on_workers("update_weights_from_ipc_handles", self.handles())
-        else:
-            # One round trip. An actor does one thing after the other, so no engine generates while it is written to.
-            loaded = flatten(self.on_engines("collective_rpc", "push_weights", step))
-        pushed = time.perf_counter()
-        if stale := [w["version"] for w in loaded if w["version"] != step]:
-            raise Stop(
-                f"an engine found weights of version {stale[0]}, needed {step}: the trainer changed them meanwhile"
-            )
-        # Cached keys and values came from the old weights.
-        if not all(self.on_engines("reset_prefix_cache")):
-            raise Stop("an engine did not reset its prefix cache: requests are still running")
-        reset_ms = 1e3 * (time.perf_counter() - pushed)
+        with self.transition("push"):
+            start = time.perf_counter()
+            if self.config.push == "simple":
+                loaded = self.on_workers("update_weights_from_ipc_handles", self.handles())
+            else:
+                # One round trip. An actor does one thing after the other, so no engine generates meanwhile.
+                loaded = flatten(self.on_engines("collective_rpc", "push_weights", version))
+            pushed = time.perf_counter()
+            if stale := [w["version"] for w in loaded if w["version"] != version]:
+                found = f"an engine found weights of version {stale[0]}, needed {version}"
+                raise Stop(f"{found}: the trainer changed them meanwhile")
+            # Cached keys and values came from the old weights.
+            if not all(self.on_engines("finish_push", version)):
+                raise Stop("an engine did not reset its prefix cache: requests are still running")
+            reset_ms = 1e3 * (time.perf_counter() - pushed)
         return {
-            "step": step,
+            "version": version,
             "method": self.config.push,
             "wall_ms": 1e3 * (pushed - start),
             "reset_ms": reset_ms,
@@ -724,11 +992,11 @@ class Colocation:
     def verify(self, digests: dict[str, str], prompts: list, before: list) -> tuple[dict, list]:
         """All checks of a push. Returns {check: {"ok", "checked", "wrong", ...}} and the engines' new outputs.
 
-        digests: the trainers', from `train`. before: the engines' outputs for the prompts with the old weights.
+        digests: the trainers', from `perturb`. before: the engines' outputs for the prompts with the old weights.
         """
         results = self.on_workers("verify_weights", self.handles(), digests)
         changed = flatten(self.on_engines("collective_rpc", "check_weights_changed"))
-        after = self.on_engines("generate", prompts, self.config.max_tokens)
+        after = self.generate(prompts)
         sequences = [[o["prompt"] + o["tokens"] for o in outputs] for outputs in after]
         scorers = self.trainers[:: self.config.tensor_parallel_size]  # one trainer beside each engine
         refs = [t.token_logprobs.remote(s) for t, s in zip(scorers, sequences, strict=True)]
@@ -782,15 +1050,15 @@ class SabotagedColocation(Colocation):
                     break
         return messages
 
-    def train(self, step: int) -> dict[str, str]:
+    def perturb(self, version: int) -> dict[str, str]:
         if self.config.inject == "drift-replica":
-            get(self.trainers[-1].train_step.remote(step + 1), "training actor", self.config.timeout)
-        return super().train(step)
+            get(self.trainers[-1].perturb.remote(version + 1), "training actor", self.config.timeout)
+        return super().perturb(version)
 
-    def push(self, step: int) -> dict:
+    def push(self, version: int) -> dict:
         if self.config.inject == "skip-push":
-            return {"step": step, "method": "none", "wall_ms": 0.0, "bytes": 0, "workers": []}
-        push = super().push(step)
+            return {"version": version, "method": "none", "wall_ms": 0.0, "bytes": 0, "workers": []}
+        push = super().push(version)
         if self.config.inject in ("flip-element", "wrong-tp-slice"):
             self.on_workers("corrupt_weights", self.handles(), self.config.inject)
         return push
@@ -894,23 +1162,37 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
 
 
 class Log:
-    """Tagged lines with the time since the start, and the stages' durations for the report."""
+    """Tagged lines with the time since the start, a status line on a terminal, and how long each stage took."""
 
     def __init__(self):
         self.stages_s: dict[str, float] = {}
-        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.spans: list[tuple] = []  # for --trace, as `traced` notes them
+        self.terminal = sys.stdout.isatty()
+        self.colour = self.terminal and "NO_COLOR" not in os.environ
 
     def __call__(self, tag: str, text: str) -> None:
         mark = f"\033[36m[{tag}]\033[0m" if self.colour else f"[{tag}]"
-        print(f"{time.perf_counter() - START:7.1f}s {mark} {text}", flush=True)
+        clear = "\r\033[K" if self.terminal else ""
+        print(f"{clear}{time.perf_counter() - START:7.1f}s {mark} {text}", flush=True)
+
+    def progress(self, done: int, total: int, phase: str) -> None:
+        """A bar that the next line replaces; nothing where there is no terminal."""
+        if self.terminal:
+            bar = "#" * (30 * done // total)
+            print(f"\r\033[K        [{bar:.<30}] {done}/{total} {phase}", end="", flush=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str):
-        start = time.perf_counter()
+    def stage(self, name: str, seconds: dict | None = None):
+        """Time a stage; stages of the same name add up. seconds: take the time down there as well."""
+        begun, start = time.time(), time.perf_counter()
         try:
             yield
         finally:
-            self.stages_s[name] = round(time.perf_counter() - start, 3)
+            took = time.perf_counter() - start
+            self.stages_s[name] = round(self.stages_s.get(name, 0) + took, 3)
+            self.spans.append((name, begun, took))
+            if seconds is not None:
+                seconds[name] = took
 
 
 @contextlib.contextmanager
@@ -926,6 +1208,7 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[bo
     """Step 1. Fills the report's versions and hardware; returns what a Colocation needs beside the configuration."""
     with log.stage("preflight"):
         check_layout(config)
+        check_loop(config)
         report["versions"], rehearsal = find_packages()
         model, load_format, note = find_model(config, rehearsal, scratch)
         try:
@@ -953,6 +1236,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         colocation.start_actors()
         log("place", f"{n} bundles with {n} training actors and {engines} x TP={tp} engines: starting, a minute or so")
         trainers = colocation.on_trainers("report_device_id")
+        done = colocation.build_learners() if config.steps else 0
         log("train", f"{n} training actors hold their weights; building the engines")
         report["placement"] = rows = colocation.start_engines(trainers)
     log("place", "verified by GPU UUID, both ways:")
@@ -965,17 +1249,17 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
 
     prompts = PROMPTS if colocation.has_tokenizer else token_prompts(config, colocation.model_config)
     with log.stage("rollout"):
-        before = colocation.on_engines("generate", prompts, config.max_tokens)
+        before = colocation.generate(prompts)
         colocation.on_engines("collective_rpc", "record_weights")
     log("rollout", f"{len(prompts)} prompts per engine with the old weights")
 
-    with log.stage("train"):
-        digests = colocation.train(step=1)
+    with log.stage("perturb"):
+        digests = colocation.perturb(version=1)
     report["verify"] = {"replicas": {"ok": True, "checked": n * len(digests), "wrong": []}}
-    log("train", f"step 1: {len(digests)} weights changed, {n} replicas bitwise identical")
+    log("train", f"version 1: {len(digests)} weights changed by noise, {n} replicas bitwise identical")
 
     with log.stage("push"), blame("push"):
-        push = colocation.push(step=1)
+        push = colocation.push(version=1)
     report["pushes"].append(push)
     log("push", f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers in {push['wall_ms']:.1f} ms")
 
@@ -993,6 +1277,141 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
     if config.inject:
         raise Stop(f"--inject {config.inject} was not detected")
+    if config.steps:
+        learn(config, log, report, colocation, done)
+
+
+def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: int) -> None:
+    """The RLHF loop: config.steps times rollout, sleep, reward, train, wake up and push. `done`: steps before these.
+
+    Raises Stop when the trainers' log-probabilities of what was sampled are not the sampler's: then the engines do not
+    hold the trainers' weights.
+    """
+    import rlhf_grpo
+
+    report["steps"] = rows = []
+    with log.stage("push"):
+        version = 2
+        colocation.on_trainers("restore", version)  # take the proof's noise back
+        colocation.push(version)
+    for step in range(done + 1, done + config.steps + 1):
+        seconds: dict[str, float] = {}
+        memory: dict[str, float] = {}
+
+        @contextlib.contextmanager
+        def phase(name: str, step: int = step, seconds: dict = seconds):
+            log.progress(step - done - 1, config.steps, name)
+            with log.stage(name, seconds):
+                yield
+
+        prompts = step_prompts(config, colocation, step)
+        with phase("rollout"):
+            samples = colocation.rollout(prompts, config.seed * 1_000_003 + step * 1_000_000, version)
+        memory["rollout"] = colocation.gpu_used_gib()
+        if config.sleeps:
+            with phase("sleep"):
+                colocation.sleep()
+            memory["asleep"] = colocation.gpu_used_gib()
+        with phase("train"):
+            asked = [p for p in prompts for _ in range(config.group_size)]
+            answers = [s["text"] if colocation.has_tokenizer else s["tokens"] for s in samples]
+            rewards = [rlhf_grpo.reward(p, a) for p, a in zip(asked, answers, strict=True)]
+            for sample, advantage in zip(samples, rlhf_grpo.advantages(rewards, config.group_size), strict=True):
+                sample["advantage"] = advantage
+            version += 1
+            metrics = colocation.learn(samples, version)
+            digests = colocation.check_replicas()
+        if metrics["logprob_gap"] > config.logprob_tolerance:
+            gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
+            raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
+        if config.sleeps:
+            with phase("wake"):
+                colocation.wake_up("weights")
+        with phase("push"):
+            push = colocation.push(version)
+        if config.sleeps:
+            with phase("wake KV"):
+                colocation.wake_up("kv_cache")
+        tokens = sum(len(s["tokens"]) for s in samples)
+        best = max(range(len(samples)), key=rewards.__getitem__)
+        row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
+        row |= {"tokens_per_s": tokens / seconds["rollout"], "push_ms": push["wall_ms"], "gpu_used_gib": memory}
+        row |= {"seconds": seconds, "weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}
+        rows.append(row | {"best": {"prompt": asked[best], "completion": answers[best], "reward": rewards[best]}})
+        log("step", describe_step(row, done + config.steps))
+        if config.metrics:
+            with open(config.metrics, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        last = step == done + config.steps
+        if config.checkpoint and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
+            with phase("checkpoint"):
+                colocation.save(Path(config.checkpoint))
+    log("step", f"reward {rows[0]['reward']:.3f} at step {rows[0]['step']}, {rows[-1]['reward']:.3f} at the last")
+    log("step", f"best of the last: {rows[-1]['best']['completion']!r}")
+
+
+def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
+    """The prompts of a step: in turns from PROMPTS, or seeded token ids for a model without a tokenizer."""
+    n = config.prompts_per_step
+    if colocation.has_tokenizer:
+        return [PROMPTS[(step * n + i) % len(PROMPTS)] for i in range(n)]
+    rng, text = random.Random(f"{config.seed} {step}"), colocation.model_config
+    vocab = text.get("text_config", text)["vocab_size"]
+    return [[rng.randrange(10, vocab) for _ in range(16)] for _ in range(n)]
+
+
+def describe_step(row: dict, total: int) -> str:
+    """One line: what was learned, and where the time went."""
+    numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "kl", "ratio") if k in row)
+    times = " ".join(f"{k} {v:.2f}" for k, v in row["seconds"].items() if k not in ("push", "checkpoint"))
+    memory = "→".join(f"{gib:.1f}" for gib in row["gpu_used_gib"].values() if gib)
+    return (
+        f"{row['step']:3}/{total} {numbers} gap {row['logprob_gap']:.4f} | {times} s, push {row['push_ms']:.1f} ms | "
+        f"{row['tokens_per_s']:.0f} tokens/s" + (f" | GPU {memory} GiB" if memory else "")
+    )
+
+
+def plot_steps(rows: list[dict], path: str) -> None:
+    """Reward, and seconds per phase, by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    steps = [r["step"] for r in rows]
+    upper.plot(steps, [r["reward"] for r in rows], color="#e07b39")
+    upper.set_ylabel("mean reward")
+    names = list(dict.fromkeys(name for r in rows for name in r["seconds"]))
+    lower.stackplot(steps, [[r["seconds"].get(name, 0) for r in rows] for name in names], labels=names)
+    lower.set(xlabel="step", ylabel="seconds")
+    lower.legend(loc="upper right", fontsize=8)
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_trace(path: str, log: Log, colocation: Colocation) -> None:
+    """All spans in Chrome's trace format: the driver, and for each GPU its trainer and its engine, as rows.
+
+    https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+    """
+    tp, events = colocation.config.tensor_parallel_size, []
+
+    def add(pid: int, process: str, tid: int, thread: str, spans: list) -> None:
+        for kind, name in (("process_name", process), ("thread_name", thread)):
+            events.append({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
+        for name, start, seconds in spans:
+            times = {"ts": round(1e6 * start), "dur": round(1e6 * seconds)}
+            events.append({"ph": "X", "name": name, "pid": pid, "tid": tid, **times})
+
+    add(0, "driver", 0, "phases", log.spans)
+    engines = colocation.on_engines("trace")
+    for gpu, spans in enumerate(colocation.on_trainers("trace")):
+        add(gpu + 1, f"GPU {gpu}", 0, f"trainer {gpu}", spans)
+        add(gpu + 1, f"GPU {gpu}", 1, f"engine {gpu // tp}, rank {gpu % tp}", engines[gpu // tp])
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
 def describe_connect(connect: dict) -> str:
@@ -1052,6 +1471,10 @@ def main(argv: list[str] | None = None) -> int:
         kind = SabotagedColocation if config.inject else Colocation
         colocation = kind(config, *preflight(config, log, report, scratch))
         run(config, log, report, colocation)
+        if config.plot and config.steps:
+            plot_steps(report["steps"], config.plot)
+        if config.trace:
+            write_trace(config.trace, log, colocation)
     except Stop as stop:
         code, verdict = stop.code, f"FAIL: {stop}"
     except KeyboardInterrupt:

@@ -668,6 +668,13 @@ class ColocateWorkerExtension:
             self._plan = None
             self._mapping.close()
 
+    def gpu_used_bytes(self) -> int:
+        """Of this worker's GPU, by all processes; 0 on CPU."""
+        if self.device.type == "cpu":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
     def verify_weights(self, messages: dict, digests: dict) -> dict:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
 

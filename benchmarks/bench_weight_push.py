@@ -40,9 +40,9 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
     on_engines = colocation.on_engines
     colocation.prepare()
     methods = colocation.methods()
-    used = max(rc.flatten(on_engines("collective_rpc", "used_bytes")))
+    used = max(rc.flatten(on_engines("collective_rpc", "gpu_used_bytes")))
     connect = colocation.connect()
-    extra = max(rc.flatten(on_engines("collective_rpc", "used_bytes"))) - used
+    extra = max(rc.flatten(on_engines("collective_rpc", "gpu_used_bytes"))) - used
     floors = {
         "actor": lambda: on_engines("__ray_ready__"),
         "rpc": lambda: on_engines("collective_rpc", "noop"),
@@ -58,11 +58,11 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
     for i in range(warmup + pushes):
         for name, call in floors.items():
             step += 1
-            colocation.on_trainers("train_step", step)
+            colocation.on_trainers("perturb", step)
             count(name, milliseconds(call, 1)[0], i)
         for method in methods:
             step += 1
-            colocation.on_trainers("train_step", step)
+            colocation.on_trainers("perturb", step)
             start = time.perf_counter()
             push = colocation.push_by(method, step)
             count(method, push["wall_ms"], i)
@@ -141,6 +141,7 @@ def main() -> int:
         config = rc.Config(
             model=str(model),
             load_format="dummy",
+            steps=0,
             num_gpus=args.num_gpus,
             tensor_parallel_size=args.tensor_parallel_size,
         )

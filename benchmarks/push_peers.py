@@ -148,15 +148,6 @@ class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         with rlhf_utils.open_handles(self._own(messages), self.device) as weights:
             self.get_model().load_weights(weights.items())
 
-    def used_bytes(self) -> int:
-        """Of the GPU, by all processes; 0 on CPU."""
-        import torch
-
-        if self.device.type == "cpu":
-            return 0
-        free, total = torch.cuda.mem_get_info(self.device)
-        return total - free
-
     def torn(self, value: float) -> int:
         """How many of the recorded copies' targets hold anything else than this value."""
         import torch
@@ -164,7 +155,7 @@ class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         return int(torch.stack([(dst != value).any() for dst, _ in self._plan.copies]).sum())
 
     def held(self) -> dict[str, int]:
-        return resident() | {"gpu_bytes": self.used_bytes()}
+        return resident() | {"gpu_bytes": self.gpu_used_bytes()}
 
     def device_copy_ms(self, repeats: int) -> float:
         """Median time of a plain copy of up to 1 GiB, scaled to this worker's weights."""
