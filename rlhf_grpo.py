@@ -196,13 +196,15 @@ class Learner:
             state["reference"] = self.reference.state_dict()
         torch.save(state, folder / STATE_FILE)
 
-    def load(self, folder: Path) -> None:
-        """Go on from `save`: the next step is bitwise what it would have been."""
+    def load(self, folder: Path, learning_rate: float | None = None) -> None:
+        """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break."""
         state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
         self._move(self.device)
         with torch.no_grad():
             self.master.copy_(state["master"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if learning_rate:
+            self.optimizer.param_groups[0]["lr"] = learning_rate
         self.steps = state["steps"]
         if self.reference and "reference" in state:
             self.reference.load_state_dict(state["reference"])

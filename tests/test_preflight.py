@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import rlhf_colocate as rc
-from rlhf_colocate import MISSING, USAGE, Config, Stop
+import rlhf_preflight as rp
+from rlhf_colocate import Config
+from rlhf_preflight import MISSING, USAGE, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,28 +83,28 @@ def refused(code: int, says: str):
 
 @pytest.mark.parametrize("n, tp", [(1, 1), (2, 1), (2, 2), (4, 2), (8, 4)])
 def test_layouts_that_divide_are_accepted(n, tp):
-    rc.check_layout(Config(num_gpus=n, tensor_parallel_size=tp))
+    rp.check_layout(Config(num_gpus=n, tensor_parallel_size=tp))
 
 
 def test_heads_that_do_not_divide_are_refused():
     smollm2 = {"num_attention_heads": 9, "num_key_value_heads": 3}
     with refused(USAGE, "--tensor-parallel-size 1"):
-        rc.check_heads(Config(), smollm2)
-    rc.check_heads(Config(num_gpus=3, tensor_parallel_size=3), smollm2)
-    rc.check_heads(Config(), {"num_attention_heads": 4, "num_key_value_heads": 1})  # one KV head, on both ranks
+        rp.check_heads(Config(), smollm2)
+    rp.check_heads(Config(num_gpus=3, tensor_parallel_size=3), smollm2)
+    rp.check_heads(Config(), {"num_attention_heads": 4, "num_key_value_heads": 1})  # one KV head, on both ranks
 
 
 def test_a_folder_without_weights_needs_load_format_dummy(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with refused(USAGE, "--load-format dummy"):
-        rc.find_model(Config(model=str(tmp_path)), True, tmp_path)
-    found = rc.find_model(Config(model=str(tmp_path), load_format="dummy"), True, tmp_path)
+        rp.find_model(Config(model=str(tmp_path)), True, tmp_path)
+    found = rp.find_model(Config(model=str(tmp_path), load_format="dummy"), True, tmp_path)
     assert found == (tmp_path, "dummy", "")
 
 
 def test_the_default_model_falls_back_to_random_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(rc, "_from_hub", lambda *_: "ConnectError: no network")
-    folder, load_format, note = rc.find_model(Config(), True, tmp_path)
+    monkeypatch.setattr(rp, "_from_hub", lambda *_: "ConnectError: no network")
+    folder, load_format, note = rp.find_model(Config(), True, tmp_path)
     assert load_format == "dummy" and "no network" in note
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["OPTForCausalLM"]
 
@@ -114,19 +116,19 @@ def gpus(n: int, free: float = 80_000) -> list[dict]:
 def test_hardware(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    assert rc.check_hardware(Config(), gpus(4), False, 0)["mode"] == "CUDA IPC"
+    assert rp.check_hardware(Config(), gpus(4), False, 0)["mode"] == "CUDA IPC"
     with refused(MISSING, "type --num-gpus 2 --tensor-parallel-size 2"):
-        rc.check_hardware(Config(), gpus(2), False, 0)
+        rp.check_hardware(Config(), gpus(2), False, 0)
     with refused(MISSING, "no NVIDIA GPU"):
-        rc.check_hardware(Config(), [], False, 0)
+        rp.check_hardware(Config(), [], False, 0)
     with refused(MISSING, "GiB free on GPU 0"):
-        rc.check_hardware(Config(), gpus(4, free=20_000), False, 0)
+        rp.check_hardware(Config(), gpus(4, free=20_000), False, 0)
     with refused(MISSING, "the trainer's weights"):
-        rc.check_hardware(Config(), gpus(4, free=40_000), False, 15 * 2**30)
+        rp.check_hardware(Config(), gpus(4, free=40_000), False, 15 * 2**30)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         with monkeypatch.context() as m, refused(MISSING, f"unset {name}"):
             m.setenv(name, "max_split_size_mb:64, expandable_segments: True")
-            rc.check_hardware(Config(), gpus(4), False, 0)
+            rp.check_hardware(Config(), gpus(4), False, 0)
 
 
 def test_visible_gpus_keep_the_users_order(tmp_path, monkeypatch):
@@ -136,10 +138,10 @@ def test_visible_gpus_keep_the_users_order(tmp_path, monkeypatch):
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert len(rc.find_gpus()) == 8
+    assert len(rp.find_gpus()) == 8
     for visible, expected in [("4,5,6,7", "4567"), ("3,1", "31"), ("GPU-aa2", "2"), ("", "")]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert [g["index"] for g in rc.find_gpus()] == list(expected)
+        assert [g["index"] for g in rp.find_gpus()] == list(expected)
 
 
 def trainer(gpu: str, torch: str = "2.13.0+cpu") -> dict:
@@ -205,3 +207,46 @@ def test_behaviour_fails_for_a_single_bad_token(bad):
     after = [[{"prompt": [1] * 100, "logprobs": [*new, -2.0]}]]
     assert rc.check_behaviour(before, after, [[[*new, -2.0]]], tolerance=0.06)["ok"]
     assert not rc.check_behaviour(before, after, [[[*new, bad]]], tolerance=0.06)["ok"]
+
+
+def engines_in(state: str) -> rc.Colocation:
+    colocation = rc.Colocation.__new__(rc.Colocation)
+    colocation.state = state
+    return colocation
+
+
+def test_a_step_of_the_loop_goes_through_all_states():
+    colocation = engines_in("ready")
+    for action in ("generate", "sleep", "wake weights", "push", "wake kv_cache", "generate"):
+        with colocation.transition(action):
+            pass
+    assert colocation.state == "ready"
+
+
+@pytest.mark.parametrize(
+    "state, action",
+    [
+        ("asleep", "push"),
+        ("asleep", "generate"),
+        ("asleep", "wake kv_cache"),
+        ("asleep", "sleep"),
+        ("weights awake", "generate"),
+        ("weights awake", "wake kv_cache"),
+        ("weights pushed", "generate"),
+        ("ready", "wake weights"),
+    ],
+)
+def test_out_of_order_is_an_error_and_changes_nothing(state, action):
+    colocation = engines_in(state)
+    message = f"found the engines {state}, which allows .*; was asked for {action}"
+    with pytest.raises(RuntimeError, match=message), colocation.transition(action):
+        pytest.fail("it went ahead")
+    assert colocation.state == state
+
+
+def test_after_a_failure_the_engines_do_nothing_more():
+    colocation = engines_in("weights awake")
+    with pytest.raises(ValueError), colocation.transition("push"):
+        raise ValueError("half-way")
+    with pytest.raises(RuntimeError, match="broken: push failed"), colocation.transition("wake kv_cache"):
+        pass

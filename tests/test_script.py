@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_colocate import FAIL, FAULTS, INTERRUPTED, MISSING, PASS
+from rlhf_colocate import FAULTS
+from rlhf_preflight import FAIL, INTERRUPTED, MISSING, PASS
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
-TWO = ["--num-gpus", "2"]
-ONE = ["--num-gpus", "1", "--tensor-parallel-size", "1"]
+PROOF = ["--steps", "0"]
+TWO = [*PROOF, "--num-gpus", "2"]
+ONE = [*PROOF, "--num-gpus", "1", "--tensor-parallel-size", "1"]
 
 
 def processes_with(mark: str) -> list[str]:
@@ -82,7 +84,7 @@ def shape(tmp_path: Path, **config) -> list[str]:
 
 
 def test_default_layout(tmp_path):
-    report = Run(tmp_path).passed()
+    report = Run(tmp_path, *PROOF).passed()
     rows = report["placement"]
     assert [r["bundle"] for r in rows] == [0, 1, 2, 3]
     assert [r["engine"] for r in rows] == [0, 0, 1, 1]

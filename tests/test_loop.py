@@ -1,0 +1,92 @@
+"""The RLHF loop, with the real Ray and the real vLLM: it learns, it goes on bitwise from a checkpoint, it says no."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_script import Run, shape
+
+from rlhf_preflight import FAIL, PASS
+
+pytestmark = pytest.mark.e2e
+ONE = ["--num-gpus", "1", "--tensor-parallel-size", "1"]
+SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--max-tokens", "8"]
+TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+
+
+def test_the_reward_rises_on_two_engines(tmp_path):
+    """A vocabulary of 1,000 ids makes it quick; trainers average gradients, engines share the prompts."""
+    paths = {name: tmp_path / name for name in ("metrics.jsonl", "plot.png", "trace.json")}
+    files = [x for name, path in paths.items() for x in ("--" + name.split(".")[0], str(path))]
+    layout = ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "16", "--max-tokens", "8"]
+    run = Run(tmp_path, *layout, *shape(tmp_path, **TINY), *files)
+    report = run.passed()
+    rows = report["steps"]
+    assert [json.loads(line) for line in paths["metrics.jsonl"].read_text().splitlines()] == rows
+    assert [r["step"] for r in rows] == list(range(1, 17))
+    assert [r["version"] for r in rows] == list(range(3, 19)), "1 was the proof's, 2 took it back"
+    rewards = [r["reward"] for r in rows]
+    assert sum(rewards[-3:]) > 2 * sum(rewards[:3]), rewards
+    for row in rows:
+        assert row["logprob_gap"] < 0.02 and row["ratio"] == pytest.approx(1, abs=0.02)
+        assert row["tokens"] == 64 * 8 and {"rollout", "sleep", "train", "wake", "push", "wake KV"} == set(
+            row["seconds"]
+        )
+    assert len({r["weights"] for r in rows}) == len(rows), "every step changes the weights"
+    assert run.stdout.count("[step]") == 18 and "tokens/s" in run.stdout
+    assert paths["plot.png"].read_bytes().startswith(b"\x89PNG")
+    events = json.loads(paths["trace.json"].read_text())["traceEvents"]
+    names = {e["name"] for e in events if e["ph"] == "X"}
+    assert {"rollout", "sleep", "wake_up", "learn", "push_weights", "train", "push"} <= names
+    rows_shown = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert rows_shown == {"phases", "trainer 0", "trainer 1", "engine 0, rank 0", "engine 1, rank 0"}
+    assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_resume_goes_on_bitwise_and_the_checkpoint_is_an_ordinary_one(tmp_path):
+    model, whole, half = shape(tmp_path, **TINY), tmp_path / "whole", tmp_path / "half"
+    three = Run(tmp_path, *ONE, *SMALL, *model, "--steps", "3", "--checkpoint", str(whole)).passed()["steps"]
+    two = Run(tmp_path, *ONE, *SMALL, *model, "--steps", "2", "--checkpoint", str(half)).passed()["steps"]
+    third = Run(tmp_path, *ONE, *SMALL, "--resume", str(half), "--steps", "1", "--learning-rate", "5e-3").passed()[
+        "steps"
+    ]
+    same = ("step", "reward", "loss", "logprob_gap", "grad_norm", "weights", "best")
+    assert [{k: r[k] for k in same} for r in [*two, *third]] == [{k: r[k] for k in same} for r in three]
+    load = """if True:
+        import sys, torch
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+        file = load_file(sys.argv[1] + "/model.safetensors")
+        assert file and model.dtype == torch.bfloat16
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in file.items())
+    """
+    command = [sys.executable, "-c", load, str(whole)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*.new")) and not list(tmp_path.glob("*.old"))
+
+
+def test_a_gap_beyond_the_tolerance_ends_the_run(tmp_path):
+    """The proof's check passes, the loop's does not: bf16 leaves more than this."""
+    run = Run(tmp_path, *ONE, *SMALL, *shape(tmp_path, **TINY), "--steps", "1", "--logprob-tolerance", "0.0001")
+    assert run.code == FAIL and "tolerance 0.0001" in run.last_line
+
+
+def test_simple_push_and_kl(tmp_path):
+    options = ["--steps", "2", "--push", "simple", "--kl-coef", "0.1", "--offload-optimizer", "--sleep-level", "0"]
+    run = Run(tmp_path, *ONE, *SMALL, *shape(tmp_path, **TINY), *options)
+    assert run.code == PASS, run.stdout + run.stderr
+    first, second = run.report["steps"]
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
+    assert set(first["seconds"]) == {"rollout", "train", "push"}, "level 0 does not sleep"
+
+
+def test_a_text_reward_rises_with_a_pretrained_model(tmp_path, smollm2):
+    options = ["--steps", "8", "--learning-rate", "3e-5", "--max-tokens", "12"]
+    rows = Run(tmp_path, *ONE, "--model", str(smollm2), *options).passed()["steps"]
+    assert isinstance(rows[0]["best"]["completion"], str)
+    assert sum(r["reward"] for r in rows[-2:]) > sum(r["reward"] for r in rows[:2]), [r["reward"] for r in rows]
