@@ -347,6 +347,7 @@ class MyLLM:
     def sleep(self, level: int) -> None:
         """Give GPU memory up: 1 weights (to the host) and KV cache, 2 both dropped. vLLM ignores it on CPU."""
         self.llm.sleep(level=level)
+        self.version = None  # until the next push
 
     @traced
     def wake_up(self, tag: str) -> None:

@@ -13,6 +13,7 @@ driver adds "advantage".
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -115,9 +116,9 @@ def grpo_loss(
 class Learner:
     """A model's optimizer: AdamW on float32 master weights, from which the model's (bf16) weights are rounded in place.
 
-    master, and the optimizer's two moments, are flat tensors of all parameters: 12 bytes each parameter; the gradient
-    (float32, 4 bytes each) exists during a step only. With `offload` the 12 bytes are in host memory between steps.
-    With several replicas, torch.distributed must be initialized; all call `step` together.
+    Masters and the optimizer's two moments take 12 bytes per parameter; with `offload` they are in host memory between
+    steps. The gradient, one flat float32 tensor for a single all-reduce, takes 4 bytes more during a step. With several
+    replicas, torch.distributed must be initialized, and all call `step` together.
     """
 
     def __init__(
@@ -134,12 +135,9 @@ class Learner:
         self.parameters = list(model.parameters())  # tied weights come once
         self.device = self.parameters[0].device
         self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
-        self.master = torch.empty(sum(p.numel() for p in self.parameters), device=self.device)
-        for p, view in zip(self.parameters, self._views(self.master), strict=True):
-            view.copy_(p.detach())
+        self.masters = [p.detach().float().clone() for p in self.parameters]
         options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
-        self.optimizer = torch.optim.AdamW([self.master], lr=learning_rate, **options)
-        self.gradient_views: list[torch.Tensor] = []
+        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, **options)
         for i, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(lambda p, i=i: self._collect(p, i))
         self._move("cpu" if offload else self.device)
@@ -151,8 +149,10 @@ class Learner:
         every replica. Raises ValueError, with the weights untouched, if the gradient is not finite.
         """
         self._move(self.device)
-        gradient = torch.zeros_like(self.master)
-        self.gradient_views = self._views(gradient)
+        sizes = [p.numel() for p in self.parameters]
+        gradient = torch.zeros(sum(sizes), device=self.device)
+        for master, part in zip(self.masters, gradient.split(sizes), strict=True):
+            master.grad = part.view(master.shape)
         totals: dict[str, torch.Tensor] = {}
         for i in range(0, len(samples), self.micro_batch_size):
             batch = collate(samples[i : i + self.micro_batch_size], self.device)
@@ -169,29 +169,28 @@ class Learner:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(numbers)
-        self.master.grad = gradient
-        norm = float(torch.nn.utils.clip_grad_norm_([self.master], 1.0))
-        if norm == norm and norm != float("inf"):
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+        if math.isfinite(norm):
             self.optimizer.step()
             self.restore()
             self.steps += 1
-        self.master.grad, self.gradient_views = None, []
-        del gradient
+        self.optimizer.zero_grad(set_to_none=True)
+        del gradient, part
         self._move("cpu" if self.offload else self.device)
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise ValueError(f"found a gradient norm of {norm}, needed a finite one: the weights are unchanged")
         means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
         return means | {"grad_norm": norm}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the model's weights to the master's, rounded to their dtype."""
-        for p, view in zip(self.parameters, self._views(self.master), strict=True):
-            p.copy_(view)
+        """Set the model's weights to the masters, rounded to their dtype."""
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            p.copy_(master)
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside the model's checkpoint."""
-        state = {"steps": self.steps, "master": self.master, "optimizer": self.optimizer.state_dict()}
+        state = {"steps": self.steps, "masters": self.masters, "optimizer": self.optimizer.state_dict()}
         if self.reference:
             state["reference"] = self.reference.state_dict()
         torch.save(state, folder / STATE_FILE)
@@ -200,8 +199,8 @@ class Learner:
         """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break."""
         state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
         self._move(self.device)
-        with torch.no_grad():
-            self.master.copy_(state["master"])
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if learning_rate:
             self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -211,18 +210,15 @@ class Learner:
         self.restore()
         self._move("cpu" if self.offload else self.device)
 
-    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        sizes = [p.numel() for p in self.parameters]
-        return [part.view(p.shape) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
-
     def _collect(self, parameter: torch.nn.Parameter, i: int) -> None:
         """Add a parameter's gradient, as soon as it is there, to the float32 one, and free it."""
-        self.gradient_views[i].add_(parameter.grad)
+        self.masters[i].grad.add_(parameter.grad)
         parameter.grad = None
 
     def _move(self, device: torch.device | str) -> None:
-        """Bring master and moments to the device, and give what is unused back to it: an engine may need it."""
-        self.master.data = self.master.data.to(device)
+        """Bring masters and moments to the device, and give unused GPU memory back: an engine may need it."""
+        for master in self.masters:
+            master.data = master.data.to(device)
         for state in self.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(device)
