@@ -93,10 +93,12 @@ class Config:
         choices=("recorded", "simple"),
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most")
-    steps: int = flag(20, "RLHF steps after the proof of the push; 0: the proof alone")
+    steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone")
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines")
     group_size: int = flag(8, "completions per prompt")
-    learning_rate: float | None = flag(None, "of AdamW (default: 1e-5, or 5e-3 for seeded random weights)", type=float)
+    learning_rate: float | None = flag(
+        None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float
+    )
     clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability")
     kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy")
     micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor")
@@ -208,7 +210,8 @@ class RayTrainingActor:
         if world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=world)
-        default = 5e-3 if self.random_weights else 1e-5
+        # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
+        default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
         self.learner = rlhf_grpo.Learner(self.model, learning_rate or default, **options)
         if resume:
             self.learner.load(Path(resume), learning_rate)

@@ -70,10 +70,30 @@ def test_resume_goes_on_bitwise_and_the_checkpoint_is_an_ordinary_one(tmp_path):
     assert not list(tmp_path.glob("*.new")) and not list(tmp_path.glob("*.old"))
 
 
-def test_a_gap_beyond_the_tolerance_ends_the_run(tmp_path):
-    """The proof's check passes, the loop's does not: bf16 leaves more than this."""
-    run = Run(tmp_path, *ONE, *SMALL, *shape(tmp_path, **TINY), "--steps", "1", "--logprob-tolerance", "0.0001")
-    assert run.code == FAIL and "tolerance 0.0001" in run.last_line
+STALE = """
+import sys
+import rlhf_colocate as rc
+
+class Stale(rc.Colocation):
+    def push(self, version):
+        pushed = super().push(version)
+        if version == 4:  # after step 2: the trainers go on from weights that the engine never saw
+            self.on_trainers("perturb", version)
+        return pushed
+
+rc.Colocation = Stale
+sys.exit(rc.main(sys.argv[1:]))
+"""
+
+
+def test_stale_weights_show_in_the_logprobs(tmp_path):
+    """Bound between what bf16 leaves (0.001 nats) and what 2 % of noise does (0.01)."""
+    stale = tmp_path / "stale.py"
+    stale.write_text(STALE)
+    bound = ["--steps", "3", "--logprob-tolerance", "0.004"]
+    run = Run(tmp_path, *ONE, *SMALL, *shape(tmp_path, **TINY), *bound, script=stale)
+    assert run.code == FAIL and run.last_line.startswith("FAIL: logprobs: step 3: ")
+    assert [row["logprob_gap"] < 0.004 for row in run.report["steps"]] == [True, True]
 
 
 def test_simple_push_and_kl(tmp_path):

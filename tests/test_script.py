@@ -38,11 +38,18 @@ def processes_with(mark: str) -> list[str]:
 class Run:
     """One run of the script. Nothing of it may be left when it has ended: no process, no file in /dev/shm."""
 
-    def __init__(self, tmp_path: Path, *arguments: str, interrupt_after: float | None = None, timeout: float = 400):
+    def __init__(
+        self,
+        tmp_path: Path,
+        *arguments: str,
+        script: Path = ROOT / "rlhf_colocate.py",
+        interrupt_after: float | None = None,
+        timeout: float = 400,
+    ):
         mark, before = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
         output = tmp_path / "report.json"
-        command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
-        env = os.environ | {"RLHF_TEST_MARK": mark}
+        command = [sys.executable, str(script), "--output-json", str(output), *arguments]
+        env = os.environ | {"RLHF_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
         # A shell's background jobs ignore SIGINT, and so would a script started by them: pytest's child must not.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with subprocess.Popen(
