@@ -123,11 +123,6 @@ class Config:
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
     @property
-    def sleeps(self) -> bool:
-        """Whether engines give up memory while the trainers train."""
-        return self.steps > 0 and self.sleep_level > 0
-
-    @property
     def num_engines(self) -> int:
         return self.num_gpus // self.tensor_parallel_size
 
@@ -508,8 +503,9 @@ class Colocation:
             "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
-        if self.rehearsal:  # every process gets one thread: they share few cores
-            env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if self.rehearsal:  # trainers and engines take turns, and share few cores
+            threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
+            env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
@@ -597,7 +593,7 @@ class Colocation:
                 max_num_seqs=64,
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
-                enable_sleep_mode=config.sleeps and not self.rehearsal,
+                enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.rehearsal,
                 seed=config.seed,
                 **limit,
             )
@@ -680,14 +676,16 @@ class Colocation:
         return flatten([parts[i % n]["groups"][i // n] for i in range(len(prompts))])
 
     def sleep(self) -> None:
-        """All engines give up their memory (--sleep-level)."""
+        """All engines give up their memory (--sleep-level; the order of things is the same where that is 0)."""
         with self.transition("sleep"):
-            self.on_engines("sleep", self.config.sleep_level)
+            if self.config.sleep_level:
+                self.on_engines("sleep", self.config.sleep_level)
 
     def wake_up(self, tag: str) -> None:
         """ "weights", then push, then "kv_cache"."""
         with self.transition(f"wake {tag}"):
-            self.on_engines("wake_up", tag)
+            if self.config.sleep_level:
+                self.on_engines("wake_up", tag)
 
     def learn(self, samples: list[dict], version: int) -> dict[str, float]:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
@@ -985,8 +983,18 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
     if config.inject:
         raise Stop(f"--inject {config.inject} was not detected")
-    if config.steps:
-        learn(config, log, report, colocation, done)
+    if not config.steps:
+        return
+    learn(config, log, report, colocation, done)
+    after = colocation.generate(prompts)
+    for i, (old, new) in enumerate(zip(before[0], after[0], strict=True)):
+        samples = {k: o["text"] or o["tokens"] for k, o in (("before", old), ("after", new))}
+        report.setdefault("learned", []).append({"prompt": prompts[i], **samples})
+    first, last = report["steps"][0], report["steps"][-1]
+    log("step", f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}")
+    for sample in report["learned"][:2]:
+        log("rollout", f"before {sample['before']!r}")
+        log("rollout", f"after  {sample['after']!r}")
 
 
 def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: int) -> None:
@@ -997,65 +1005,59 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
     """
     import rlhf_grpo
 
+    last, version, seconds = done + config.steps, 2, {}
     report["steps"] = rows = []
-    with log.stage("push"):
-        version = 2
-        colocation.on_trainers("restore", version)  # take the proof's noise back
-        colocation.push(version)
-    for step in range(done + 1, done + config.steps + 1):
-        seconds: dict[str, float] = {}
-        memory: dict[str, float] = {}
 
-        @contextlib.contextmanager
-        def phase(name: str, step: int = step, seconds: dict = seconds):
-            log.progress(step - done - 1, config.steps, name)
-            with log.stage(name, seconds):
-                yield
+    @contextlib.contextmanager
+    def phase(name: str):
+        log.progress(len(rows), config.steps, name)
+        with log.stage(name, seconds):
+            yield
 
+    colocation.on_trainers("restore", version)  # take the proof's noise back
+    colocation.push(version)
+    for step in range(done + 1, last + 1):
+        seconds.clear()
         prompts = step_prompts(config, colocation, step)
         with phase("rollout"):
-            samples = colocation.rollout(prompts, config.seed * 1_000_003 + step * 1_000_000, version)
-        memory["rollout"] = colocation.gpu_used_gib()
-        if config.sleeps:
-            with phase("sleep"):
-                colocation.sleep()
-            memory["asleep"] = colocation.gpu_used_gib()
-        with phase("train"):
-            asked = [p for p in prompts for _ in range(config.group_size)]
-            answers = [s["text"] if colocation.has_tokenizer else s["tokens"] for s in samples]
-            rewards = [rlhf_grpo.reward(p, a) for p, a in zip(asked, answers, strict=True)]
+            samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
+        memory = [colocation.gpu_used_gib()]
+        with phase("sleep"):
+            colocation.sleep()
+        memory.append(colocation.gpu_used_gib())
+        with phase("reward"):
+            for i, sample in enumerate(samples):
+                sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
+                sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
+            rewards = [s["reward"] for s in samples]
             for sample, advantage in zip(samples, rlhf_grpo.advantages(rewards, config.group_size), strict=True):
                 sample["advantage"] = advantage
+        with phase("train"):
             version += 1
             metrics = colocation.learn(samples, version)
             digests = colocation.check_replicas()
         if metrics["logprob_gap"] > config.logprob_tolerance:
             gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
             raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
-        if config.sleeps:
-            with phase("wake"):
-                colocation.wake_up("weights")
+        with phase("wake"):
+            colocation.wake_up("weights")
         with phase("push"):
             push = colocation.push(version)
-        if config.sleeps:
-            with phase("wake KV"):
-                colocation.wake_up("kv_cache")
-        tokens = sum(len(s["tokens"]) for s in samples)
-        best = max(range(len(samples)), key=rewards.__getitem__)
+        with phase("wake KV"):
+            colocation.wake_up("kv_cache")
+
+        tokens, best = sum(len(s["tokens"]) for s in samples), max(samples, key=lambda s: s["reward"])
         row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
         row |= {"tokens_per_s": tokens / seconds["rollout"], "push_ms": push["wall_ms"], "gpu_used_gib": memory}
-        row |= {"seconds": seconds, "weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}
-        rows.append(row | {"best": {"prompt": asked[best], "completion": answers[best], "reward": rewards[best]}})
-        log("step", describe_step(row, done + config.steps))
+        row |= {"seconds": dict(seconds), "best": best["completion"]}
+        rows.append(row | {"weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]})
+        log("step", describe_step(row, last))
         if config.metrics:
             with open(config.metrics, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        last = step == done + config.steps
-        if config.checkpoint and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
+        if config.checkpoint and (step == last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
             with phase("checkpoint"):
                 colocation.save(Path(config.checkpoint))
-    log("step", f"reward {rows[0]['reward']:.3f} at step {rows[0]['step']}, {rows[-1]['reward']:.3f} at the last")
-    log("step", f"best of the last: {rows[-1]['best']['completion']!r}")
 
 
 def step_prompts(config: Config, colocation: Colocation, step: int) -> list:

@@ -90,14 +90,15 @@ def describe(verify: dict) -> dict[str, str]:
     }
 
 
-def describe_step(row: dict, total: int) -> str:
+def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
     numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "kl", "ratio") if k in row)
-    times = " ".join(f"{k} {v:.2f}" for k, v in row["seconds"].items() if k not in ("push", "checkpoint"))
-    memory = "→".join(f"{gib:.1f}" for gib in row["gpu_used_gib"].values() if gib)
+    times = " ".join(f"{k} {row['seconds'][k]:.2f}" for k in ("rollout", "sleep", "train"))
+    wake = row["seconds"]["wake"] + row["seconds"]["wake KV"]
+    memory = " → ".join(f"{gib:.1f}" for gib in row["gpu_used_gib"] if gib)
     return (
-        f"{row['step']:3}/{total} {numbers} gap {row['logprob_gap']:.4f} | {times} s, push {row['push_ms']:.1f} ms | "
-        f"{row['tokens_per_s']:.0f} tokens/s" + (f" | GPU {memory} GiB" if memory else "")
+        f"{row['step']:3}/{last} {numbers} gap {row['logprob_gap']:.4f} | {times} wake {wake:.2f} s, push "
+        f"{row['push_ms']:.1f} ms | {row['tokens_per_s']:.0f} tokens/s" + (f" | GPU {memory} GiB" if memory else "")
     )
 
 

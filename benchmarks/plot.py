@@ -1,9 +1,11 @@
-"""Draw the README's figure of push times from the reports in results/: `python benchmarks/plot.py [OUT.svg]`.
+"""Draw the README's figures from the reports in results/: `python benchmarks/plot.py [OUT_DIR]`. Needs matplotlib.
 
-Needs matplotlib. One group of bars per shape, on a logarithmic scale; the dashed line is the floor: a no-op through
-vLLM's collective_rpc plus a device copy of the largest shard.
+push.svg   one push by method, a group of bars per shape, on a logarithmic scale; the dashed line is the floor: a no-op
+           through vLLM's collective_rpc plus a device copy of the largest shard
+loop.svg   the reward of the default rehearsal, five seeds; and where the time of a step goes on a GPU
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import tables
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.hashsalt": "rlhf-colocate", "font.size": 9}  # the same file for the same figures
+matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -22,10 +25,11 @@ COLOURS = {
     "bucket": "#a8c8ea",
     "recorded": "#e07b39",
 }
+PHASES = {"rollout": "#6b9bd1", "sleep": "#4c566a", "train": "#a3be8c", "wake": "#b48ead", "push": "#e07b39"}
+PHASES |= {"wake KV": "#ebcb8b"}
 
 
-def main() -> None:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else tables.RESULTS / "push.svg")
+def draw_pushes():
     shapes = tables.bench_shapes()
     figure, axis = plt.subplots(figsize=(8, 0.4 + 1.25 * len(shapes)), layout="constrained")
     top, labels = 0.0, []
@@ -45,8 +49,32 @@ def main() -> None:
     axis.set_xscale("log")
     axis.set_xlim(1, 4 * axis.get_xlim()[1])
     axis.set_xlabel("one push, wall time in ms (median of 30), logarithmic; dashed: no-op RPC + device copy")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    return figure
+
+
+def draw_loops():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for name, r in tables.load("loop-rehearsal-seed*.json").items():
+        left.plot([s["step"] for s in r["steps"]], [s["reward"] for s in r["steps"]], label=f"seed {name[-1]}")
+    left.set(xlabel="step (rehearsal on two cores, default run)", ylabel="mean reward", ylim=(0, 1.02))
+    left.legend(fontsize=8, frameon=False)
+    runs = {n: r for n, r in tables.load("loop-1xh100-*.json").items() if r.get("steps")}
+    for y, r in enumerate(runs.values()):
+        start = 0.0
+        for phase, colour in PHASES.items():
+            seconds = statistics.median(s["seconds"].get(phase, 0) for s in r["steps"])
+            right.barh(y, seconds, left=start, color=colour, label=phase if y == 0 else None, height=0.6)
+            start += seconds
+    right.set_yticks(range(len(runs)), [n.replace("loop-1xh100-", "") for n in runs])
+    right.set_xlabel("seconds of a step, by phase (1 × H100, medians)")
+    right.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.35))
+    return figure
+
+
+def main() -> None:
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else tables.RESULTS)
+    for name, draw in (("push", draw_pushes), ("loop", draw_loops)):
+        draw().savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

