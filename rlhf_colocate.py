@@ -1,4 +1,4 @@
-"""Train and serve one model on the same GPUs, and push the trainers' weights into vLLM by CUDA IPC handles.
+"""Train and serve one model on the same GPUs: RLHF with the trainers' weights pushed into vLLM by CUDA IPC handles.
 
     one Ray placement group, one bundle per GPU (the default layout)
 
@@ -7,21 +7,21 @@
     vLLM engines         [0.4   E0   0.4] [0.4   E1   0.4]       MyLLM: tensor_parallel_size=2 each
 
 Two processes share each GPU, where NCCL cannot connect them. CUDA IPC can: a trainer sends 64-byte handles, the vLLM
-worker on the same GPU maps the very same memory and loads it through vLLM's own loaders. No weight leaves its GPU.
+worker on the same GPU maps the very same memory and loads it as vLLM's own loaders would. No weight leaves its GPU.
 
-Steps, and what each must show:
+What happens, and what each part must show:
     1. preflight   found what is needed, or one line: found / needed / what to type
     2. place       every GPU (by UUID) holds one trainer and one engine's worker
-    3. train       all trainers change all their weights, and still agree bit for bit
-    4. push        every worker loads its own GPU's weights
-    5. verify      transport, placement, behaviour, change: each a check that can fail (try --inject)
-    6. rollout     the engines generate with the new weights
-    7. report      PASS, or FAIL: why
+    3. proof       all weights change by noise, are pushed, and are verified: transport, placement, behaviour, change,
+                   each a check that can fail (try --inject); then the noise is taken back
+    4. loop        --steps times rollout, sleep, reward, train (GRPO), wake up, push; at each step the replicas must be
+                   bitwise equal, and the trainers' log-probabilities of the rollout must be the sampler's
+    5. report      PASS, or FAIL: why
 
 Run:
     python rlhf_colocate.py                                          # 4 GPUs, two engines with TP=2
     python rlhf_colocate.py --num-gpus 1 --tensor-parallel-size 1    # 1 GPU
-    python rlhf_colocate.py --model Qwen/Qwen2.5-0.5B --num-gpus 2
+    python rlhf_colocate.py --model Qwen/Qwen2.5-0.5B --num-gpus 2 --steps 50
 On a machine without a GPU, with vLLM's CPU build, the same commands rehearse the layout on Ray's logical GPUs: real
 Ray, real vLLM, real processes; shared memory in place of CUDA IPC.
 """
@@ -459,6 +459,7 @@ def interrupts_deferred():
 # What may follow what: {(state of the engines, action): state after it}. Out of order, vLLM would crash, or sample from
 # weights that are not there.
 TRANSITIONS = {
+    ("ready", "connect"): "ready",
     ("ready", "generate"): "ready",
     ("ready", "push"): "ready",
     ("ready", "sleep"): "asleep",
@@ -719,7 +720,8 @@ class Colocation:
         Returns {"wall_ms", "workers"}. Loads the weights once on the way.
         """
         start = time.perf_counter()
-        workers = self.on_workers("connect_weights", self.handles())
+        with self.transition("connect"):
+            workers = self.on_workers("connect_weights", self.handles())
         return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
 
     def push(self, version: int) -> dict:
@@ -935,7 +937,7 @@ def blame(check: str):
 
 
 def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
-    """All steps. Fills the report as it goes; raises Stop on the first thing that makes going on pointless."""
+    """Place, prove, learn. Fills the report as it goes; raises Stop on the first thing that makes that pointless."""
     n, engines, tp = config.num_gpus, config.num_engines, config.tensor_parallel_size
     with log.stage("start"):
         colocation.start_ray()
