@@ -46,7 +46,17 @@ import time
 from pathlib import Path
 
 from rlhf_preflight import DEFAULT_MODEL, INTERRUPTED, MISSING, PASS, USAGE, Stop, preflight, require
-from rlhf_report import Log, describe, describe_connect, describe_step, plot_steps, print_table, summary, write_trace
+from rlhf_report import (
+    Log,
+    brief,
+    describe,
+    describe_connect,
+    describe_step,
+    plot_steps,
+    print_table,
+    summary,
+    write_trace,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -979,8 +989,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         log("verify", f"{name}: {line if verify[name]['ok'] else 'FAILED: ' + summary(verify[name]['wrong'])}")
     for old, new in list(zip(before[0], after[0], strict=True))[:2]:
         report.setdefault("samples", []).append({k: o["text"] or o["tokens"] for k, o in (("old", old), ("new", new))})
-        log("rollout", f"old weights {old['text'] or old['tokens']!r}")
-        log("rollout", f"new weights {new['text'] or new['tokens']!r}")
+        log("rollout", f"old weights {brief(old['text'] or old['tokens'])}")
+        log("rollout", f"new weights {brief(new['text'] or new['tokens'])}")
     if failed := [name for name, check in verify.items() if not check["ok"]]:
         raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
     if config.inject:
@@ -995,8 +1005,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     first, last = report["steps"][0], report["steps"][-1]
     log("step", f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}")
     for sample in report["learned"][:2]:
-        log("rollout", f"before {sample['before']!r}")
-        log("rollout", f"after  {sample['after']!r}")
+        log("rollout", f"before {brief(sample['before'])}")
+        log("rollout", f"after  {brief(sample['after'])}")
 
 
 def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: int) -> None:
@@ -1081,7 +1091,11 @@ def token_prompts(config: Config, model_config: dict) -> list[list[int]]:
 def main(argv: list[str] | None = None) -> int:
     config = Config.from_args(argv)
     log = Log()
-    report: dict = {"verdict": "FAIL", "config": dataclasses.asdict(config), "versions": {}, "hardware": {}}
+    settings = dataclasses.asdict(config)
+    settings |= {
+        k: Path(v).name for k, v in settings.items() if isinstance(v, str) and "/" in v and Path(v).is_absolute()
+    }
+    report: dict = {"verdict": "FAIL", "config": settings, "versions": {}, "hardware": {}}
     report |= {"placement": [], "pushes": [], "verify": {}, "stages_s": log.stages_s}
     arguments = sys.argv[1:] if argv is None else argv
     report["command"] = " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)])

@@ -90,6 +90,12 @@ def describe(verify: dict) -> dict[str, str]:
     }
 
 
+def brief(completion: str | list[int]) -> str:
+    """The first hundred characters of a completion, as Python writes it."""
+    text = repr(completion)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
     numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "kl", "ratio") if k in row)

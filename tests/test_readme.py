@@ -12,7 +12,7 @@ import tables  # noqa: E402
 
 
 def test_tables_come_from_the_reports():
-    for part in (tables.runs(), tables.pushes(), tables.startup(), tables.tested()):
+    for part in (tables.runs(), tables.pushes(), tables.loops(), tables.startup(), tables.tested()):
         assert part in README, "run `python benchmarks/tables.py` and put its output into the README"
 
 
