@@ -188,17 +188,19 @@ def _export_storage(storage: torch.UntypedStorage) -> dict:
 def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Map an exported message as {name: tensor} on `device`; unmap on leaving. No bytes are copied.
 
-    Raises HandleError, before anything is mapped, for a description that does not fit into its storage.
+    Raises HandleError for whatever `export_handles` cannot have written, before anything is mapped where the
+    description shows it.
     """
-    for w in message["weights"]:
-        _check_extent(w, message["storages"])
-    storages = [_open_storage(s, device) for s in message["storages"]]
-    tensors = {
-        w["name"]: torch.empty(0, dtype=DTYPES[w["dtype"]], device=device).set_(
-            storages[w["storage"]], w["offset"], w["shape"], w["stride"]
-        )
-        for w in message["weights"]
-    }
+    with _malformed():
+        for w in message["weights"]:
+            _check_extent(w, message["storages"])
+        storages = [_open_storage(s, device) for s in message["storages"]]
+        tensors = {
+            w["name"]: torch.empty(0, dtype=DTYPES[w["dtype"]], device=device).set_(
+                storages[w["storage"]], w["offset"], w["shape"], w["stride"]
+            )
+            for w in message["weights"]
+        }
     try:
         yield tensors
         if device.type == "cuda":
@@ -211,8 +213,23 @@ def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torc
             torch.cuda.ipc_collect()
 
 
+@contextlib.contextmanager
+def _malformed():
+    """One kind of error for all that can be wrong with a message: missing keys, other types, dead handles."""
+    try:
+        yield
+    except HandleError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, OSError) as error:
+        kind = type(error).__name__
+        raise HandleError(f"found a malformed message ({kind}: {error}), needed what export_handles returns") from None
+
+
 def _check_extent(weight: dict, storages: list[dict]) -> None:
     name, shape, stride = weight["name"], weight["shape"], weight["stride"]
+    numbers = [*shape, *stride, weight["offset"], weight["storage"]]
+    if type(name) is not str or {type(x) for x in numbers} > {int}:
+        raise HandleError(f"{name!r}: found {weight}, needed a name, and numbers for shape, stride, offset and storage")
     if weight["dtype"] not in DTYPES:
         raise HandleError(f"{name}: found dtype {weight['dtype']!r}, needed one of {', '.join(DTYPES)}")
     if len(shape) != len(stride) or min([*shape, *stride, weight["offset"]], default=0) < 0:
@@ -221,7 +238,8 @@ def _check_extent(weight: dict, storages: list[dict]) -> None:
         raise HandleError(f"{name}: found storage {weight['storage']}, needed one of {len(storages)}")
     last = weight["offset"] + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     end = (last + 1) * DTYPES[weight["dtype"]].itemsize if 0 not in shape else 0
-    nbytes = storages[weight["storage"]]["nbytes"]
+    storage = storages[weight["storage"]]
+    nbytes = storage["nbytes"] if storage["kind"] != "empty" else 0
     if end > nbytes:
         raise HandleError(f"{name}: found a tensor that ends at byte {end} of a storage of {nbytes}")
 
@@ -394,6 +412,11 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
+    with _malformed():
+        _check_message(message, layout)
+
+
+def _check_message(message: dict, layout: Layout) -> None:
     needed = {r.weight: (r.shape, r.dtype) for r in layout.regions} | {VERSION: ((), torch.int64)}
     counts = Counter(w["name"] for w in message["weights"])
     problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
