@@ -94,6 +94,13 @@ def check_loop(config: Config) -> None:
     require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
     needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
     require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
+    if config.checkpoint:
+        folder = Path(config.checkpoint)
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        ours = empty or (folder / "trainer_state.pt").is_file()
+        needed = "a new or empty folder, or a checkpoint of this script: what is there is replaced"
+        fix = f"type --checkpoint {folder}-checkpoint"
+        require(ours, f"something else at --checkpoint {folder}", needed, fix, USAGE)
     if config.plot:
         found = importlib.util.find_spec("matplotlib")
         require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)

@@ -250,3 +250,24 @@ def test_after_a_failure_the_engines_do_nothing_more():
         raise ValueError("half-way")
     with pytest.raises(RuntimeError, match="broken: push failed"), colocation.transition("wake kv_cache"):
         pass
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--group-size", "1"], "--group-size 8"),
+        (["--prompts-per-step", "1"], "--prompts-per-step 2"),
+        (["--steps", "-1"], "leave out --steps"),
+        (["--learning-rate", "-1"], "leave out --learning-rate"),
+        (["--resume", "nowhere"], "a folder that --checkpoint wrote"),
+        (["--plot", "/no/where.png"], "mkdir -p /no"),
+        (["--checkpoint", "README.md"], "something else at --checkpoint"),
+        (["--checkpoint", "tests"], "something else at --checkpoint"),
+    ],
+)
+def test_a_loop_that_cannot_run_is_one_line_and_exit_code_2(arguments, says, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = script(*arguments)
+    assert done.returncode == USAGE and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (ROOT / "README.md").is_file() and (ROOT / "tests").is_dir()
