@@ -43,9 +43,10 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
-from rlhf_preflight import DEFAULT_MODEL, INTERRUPTED, MISSING, PASS, USAGE, Stop, preflight, require
+from rlhf_preflight import DEFAULT_MODEL, FAIL, INTERRUPTED, MISSING, PASS, USAGE, Stop, preflight, require
 from rlhf_report import (
     Log,
     brief,
@@ -196,6 +197,7 @@ class RayTrainingActor:
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION
         if self.device.type == "cpu":
             rlhf_utils.share_memory([*self.model.parameters(), self.version])
+        self.addresses = [p.data_ptr() for p in self.model.parameters()]
 
     def report_device_id(self) -> dict:
         import torch
@@ -217,7 +219,8 @@ class RayTrainingActor:
             torch.distributed.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=world)
         # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
         default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
-        self.learner = rlhf_grpo.Learner(self.model, learning_rate or default, **options)
+        rate = default if learning_rate is None else learning_rate
+        self.learner = rlhf_grpo.Learner(self.model, rate, **options)
         if resume:
             self.learner.load(Path(resume), learning_rate)
         return self.learner.steps
@@ -233,11 +236,17 @@ class RayTrainingActor:
         """What engines read of `version` meanwhile: -1. The change is over, on the GPU too, when this is left."""
         import torch
 
+        settle = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         self.version.fill_(-1)
+        settle()
         yield
+        if [p.data_ptr() for p in self.model.parameters()] != self.addresses:
+            raise RuntimeError(
+                "found weights that moved, needed them changed in place: engines have their memory mapped"
+            )
+        settle()
         self.version.fill_(version)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        settle()
 
     @traced
     def perturb(self, version: int) -> None:
@@ -280,6 +289,10 @@ class RayTrainingActor:
     @traced
     def save(self, folder: str) -> None:
         """Write an HF checkpoint, and the optimizer's state beside it."""
+        from transformers import GenerationConfig
+
+        # Some published ones are invalid, and then refuse to be saved; the original file is copied instead.
+        self.model.generation_config = GenerationConfig.from_model_config(self.model.config)
         self.model.save_pretrained(folder)
         self.learner.save(Path(folder))
 
@@ -345,7 +358,7 @@ class MyLLM:
         return self.llm.collective_rpc(method, args=args)
 
     @traced
-    def finish_push(self, version: int) -> bool:
+    def finish_push(self, version: int | None) -> bool:
         """After a push: forget the keys and values of the old weights, and remember the version. False if it cannot."""
         done = self.llm.reset_prefix_cache()
         self.version = version if done else None
@@ -473,6 +486,7 @@ TRANSITIONS = {
     ("ready", "generate"): "ready",
     ("ready", "push"): "ready",
     ("ready", "sleep"): "asleep",
+    ("asleep", "learn"): "asleep",
     ("asleep", "wake weights"): "weights awake",
     ("weights awake", "push"): "weights pushed",
     ("weights pushed", "wake kv_cache"): "ready",
@@ -701,22 +715,33 @@ class Colocation:
     def learn(self, samples: list[dict], version: int) -> dict[str, float]:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
         n, total_tokens = len(self.trainers), sum(len(s["tokens"]) for s in samples)
-        refs = [t.learn.remote(samples[i::n], total_tokens, version) for i, t in enumerate(self.trainers)]
-        return get(refs, "training actors (learn)", self.config.timeout)[0]
+        with self.transition("learn"):
+            refs = [t.learn.remote(samples[i::n], total_tokens, version) for i, t in enumerate(self.trainers)]
+            return get(refs, "training actors (learn)", self.config.timeout)[0]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an older one there is replaced once the new one is complete."""
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        folder = folder.resolve()
+        new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
         new.mkdir()
-        for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*"):
-            for file in self.model.glob(pattern):
-                shutil.copy(file, new)
-        get(self.trainers[0].save.remote(str(new.resolve())), "training actor (save)", self.config.timeout)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        try:
+            get(self.trainers[0].save.remote(str(new)), "training actor (save)", self.config.timeout)
+            for name in (
+                "tokenizer*",
+                "vocab*",
+                "merges.txt",
+                "special_tokens*",
+                "chat_template*",
+                "generation_config*",
+            ):
+                for file in self.model.glob(name):
+                    shutil.copy(file, new)
+            with interrupts_deferred():
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
     def gpu_used_gib(self) -> float:
@@ -732,6 +757,7 @@ class Colocation:
         start = time.perf_counter()
         with self.transition("connect"):
             workers = self.on_workers("connect_weights", self.handles())
+            self.on_engines("finish_push", None)  # it loaded weights, of no version: push before the next rollout
         return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
 
     def push(self, version: int) -> dict:
@@ -765,12 +791,17 @@ class Colocation:
             "workers": loaded,
         }
 
+    def verify_elements(self, digests: dict[str, str]) -> dict:
+        """Compare every weight that arrived, and every parameter element. {"transport": {...}, "placement": {...}}."""
+        results = self.on_workers("verify_weights", self.handles(), digests)
+        return {kind: check_workers(results, kind) for kind in ("transport", "placement")}
+
     def verify(self, digests: dict[str, str], prompts: list, before: list) -> tuple[dict, list]:
         """All checks of a push. Returns {check: {"ok", "checked", "wrong", ...}} and the engines' new outputs.
 
         digests: the trainers', from `perturb`. before: the engines' outputs for the prompts with the old weights.
         """
-        results = self.on_workers("verify_weights", self.handles(), digests)
+        elements = self.verify_elements(digests)
         changed = flatten(self.on_engines("collective_rpc", "check_weights_changed"))
         after = self.generate(prompts)
         sequences = [[o["prompt"] + o["tokens"] for o in outputs] for outputs in after]
@@ -778,8 +809,7 @@ class Colocation:
         refs = [t.token_logprobs.remote(s) for t, s in zip(scorers, sequences, strict=True)]
         trainer = get(refs, "training actors (token_logprobs)", self.config.timeout)
         checks = {
-            "transport": check_workers(results, "transport"),
-            "placement": check_workers(results, "placement"),
+            **elements,
             "changed": check_changed(changed),
             "behaviour": check_behaviour(before, after, trainer, self.config.logprob_tolerance),
         }
@@ -1012,8 +1042,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
 def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: int) -> None:
     """The RLHF loop: config.steps times rollout, sleep, reward, train, wake up and push. `done`: steps before these.
 
-    Raises Stop when the trainers' log-probabilities of what was sampled are not the sampler's: then the engines do not
-    hold the trainers' weights.
+    Raises Stop when the trainers' log-probabilities of what was sampled are far from the sampler's, and when an element
+    of the engines' weights is wrong after the first step (its push is the first after a sleep) or after the last.
     """
     import rlhf_grpo
 
@@ -1057,6 +1087,12 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
             push = colocation.push(version)
         with phase("wake KV"):
             colocation.wake_up("kv_cache")
+        if step in (done + 1, last):
+            with log.stage("verify"):
+                for name, check in colocation.verify_elements(digests).items():
+                    if not check["ok"]:
+                        raise Stop(f"{name}: step {step}: {summary(check['wrong'])}")
+            log("verify", f"step {step}: {check['checked']} parameter elements equal the trainers' bit for bit")
 
         tokens, best = sum(len(s["tokens"]) for s in samples), max(samples, key=lambda s: s["reward"])
         row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
@@ -1115,6 +1151,10 @@ def main(argv: list[str] | None = None) -> int:
         code, verdict = stop.code, f"FAIL: {stop}"
     except KeyboardInterrupt:
         code, verdict = INTERRUPTED, "FAIL: interrupted"
+    except Exception as error:  # a reward of the user's, a full disk: the report is written all the same
+        code, verdict = FAIL, f"FAIL: {type(error).__name__}: {error}"
+        if config.verbose:
+            traceback.print_exc()
     finally:
         try:
             if colocation:

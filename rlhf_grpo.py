@@ -1,8 +1,9 @@
 """What the training actors learn, and how: reward, advantages, loss, and one optimizer step over all replicas.
 
-GRPO as in DeepSeekMath (https://arxiv.org/abs/2402.03300), one optimizer step per rollout. This is the file to replace
-by your trainer; it knows nothing of vLLM, Ray or handles. All it promises to the rest: weights change in place (engines
-have them mapped), and are bitwise the same in all replicas afterwards.
+GRPO's advantages (DeepSeekMath, https://arxiv.org/abs/2402.03300), the loss averaged over all tokens of the step as in
+DAPO (https://arxiv.org/abs/2503.14476), one optimizer step per rollout. This is the file to replace by your trainer; it
+knows nothing of vLLM, Ray or handles. All it promises to the rest: weights change in place (engines have them mapped),
+and are bitwise the same in all replicas afterwards.
 
 Shapes in names: B sequences of a micro-batch, L tokens of the longest of them, T = L - 1 predictions (of token t + 1 at
 t), V vocabulary.
@@ -86,8 +87,9 @@ def grpo_loss(
     """Clipped policy-gradient loss, summed over this micro-batch's tokens and divided by those of the whole step.
 
     So the losses, and the gradients, of all micro-batches on all replicas add up to those of one big batch.
-    Returns (loss, sums over tokens for the metrics). KL is the estimator r - log r - 1 with r = reference / policy,
-    which is never negative (http://joschu.net/blog/kl-approx.html).
+    With one optimizer step per rollout the ratio differs from 1 only where trainer and sampler compute differently, and
+    the clip bounds what such tokens can do. Returns (loss, sums over tokens for the metrics). KL is the estimator
+    r - log r - 1 with r = reference / policy, which is never negative (http://joschu.net/blog/kl-approx.html).
     """
     mask_BT, sampler_BT = batch["mask_BT"], batch["sampler_BT"]
     log_ratio_BT = (logprobs_BT - sampler_BT) * mask_BT
@@ -97,7 +99,7 @@ def grpo_loss(
     sums = {
         "logprob_gap": log_ratio_BT.abs(),
         "ratio": ratio_BT * mask_BT,
-        "clipped": (ratio_BT != clipped_BT) * mask_BT,
+        "clipped": (clipped_BT * batch["advantage_B1"] < ratio_BT * batch["advantage_B1"]) * mask_BT,
     }
     if reference_BT is not None:
         log_r_BT = (reference_BT - logprobs_BT) * mask_BT
@@ -197,15 +199,18 @@ class Learner:
 
     def load(self, folder: Path, learning_rate: float | None = None) -> None:
         """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break."""
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        if ("reference" in state) != bool(self.reference):
+            found, fix = ("with", "type it again") if "reference" in state else ("without", "leave it out")
+            raise ValueError(f"found a checkpoint of a run {found} --kl-coef, whose starting weights it needs: {fix}")
         self._move(self.device)
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        if learning_rate:
+        if learning_rate is not None:
             self.optimizer.param_groups[0]["lr"] = learning_rate
         self.steps = state["steps"]
-        if self.reference and "reference" in state:
+        if self.reference:
             self.reference.load_state_dict(state["reference"])
         self.restore()
         self._move("cpu" if self.offload else self.device)

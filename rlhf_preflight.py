@@ -94,8 +94,12 @@ def check_loop(config: Config) -> None:
     require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
     needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
     require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
+    needed, fix = "bfloat16 or float32: float16's small gradients vanish", "type --dtype bfloat16"
+    require(config.dtype != "float16", "--dtype float16 with --steps", needed, fix, USAGE)
+    found, fix = f"--checkpoint-every {config.checkpoint_every} alone", "type --checkpoint DIR"
+    require(bool(config.checkpoint) or not config.checkpoint_every, found, "a folder for it", fix, USAGE)
     if config.checkpoint:
-        folder = Path(config.checkpoint)
+        folder = Path(config.checkpoint).resolve()
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         ours = empty or (folder / "trainer_state.pt").is_file()
         needed = "a new or empty folder, or a checkpoint of this script: what is there is replaced"
@@ -183,13 +187,19 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_byt
         found = f"{len(gpus)} GPUs" + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else "")
         fix = f"type --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
         require(len(gpus) >= n, found, f"{n}", fix, MISSING)
+        # In units of the 2-byte weights: masters and moments 6 between steps, gradients 2 more during one.
+        kept = 1 + (config.steps > 0) * ((0 if config.offload_optimizer else 6) + (config.kl_coef > 0))
+        peak = 9 + (config.kl_coef > 0) if config.steps else 1
         for gpu in gpus[:n]:
-            need = gpu["total"] * share + weight_bytes / 2**20
+            engine = gpu["total"] * share
+            asleep = 0 if config.sleep_level else engine
+            need = max(engine + kept * weight_bytes / 2**20, asleep + peak * weight_bytes / 2**20)
             require(
                 gpu["free"] >= need,
                 f"{gpu['free'] / 1024:.1f} GiB free on GPU {gpu['index']}",
-                f"{need / 1024:.1f} (engine {share:g} of {gpu['total'] / 1024:.0f} GiB, and the trainer's weights)",
-                "end what fills it (see nvidia-smi), or type a lower --gpu-memory-utilization",
+                f"{need / 1024:.1f} (engine {share:g} of {gpu['total'] / 1024:.0f} GiB; trainer: weights, optimizer)",
+                "end what fills it (see nvidia-smi), or type a lower --gpu-memory-utilization, --offload-optimizer "
+                "or --steps 0",
                 MISSING,
             )
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

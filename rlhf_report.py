@@ -98,7 +98,7 @@ def brief(completion: str | list[int]) -> str:
 
 def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
-    numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "kl", "ratio") if k in row)
+    numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "grad_norm", "kl", "ratio") if k in row)
     times = " ".join(f"{k} {row['seconds'][k]:.2f}" for k in ("rollout", "sleep", "train"))
     wake = row["seconds"]["wake"] + row["seconds"]["wake KV"]
     memory = " → ".join(f"{gib:.1f}" for gib in row["gpu_used_gib"] if gib)

@@ -218,7 +218,7 @@ def _malformed():
     """One kind of error for all that can be wrong with a message: missing keys, other types, dead handles."""
     try:
         yield
-    except HandleError:
+    except (HandleError, torch.OutOfMemoryError):
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, OSError) as error:
         kind = type(error).__name__
@@ -228,7 +228,7 @@ def _malformed():
 def _check_extent(weight: dict, storages: list[dict]) -> None:
     name, shape, stride = weight["name"], weight["shape"], weight["stride"]
     numbers = [*shape, *stride, weight["offset"], weight["storage"]]
-    if type(name) is not str or {type(x) for x in numbers} > {int}:
+    if type(name) is not str or {type(x) for x in numbers} - {int}:
         raise HandleError(f"{name!r}: found {weight}, needed a name, and numbers for shape, stride, offset and storage")
     if weight["dtype"] not in DTYPES:
         raise HandleError(f"{name}: found dtype {weight['dtype']!r}, needed one of {', '.join(DTYPES)}")
@@ -460,11 +460,14 @@ class _RecordCopies(TorchDispatchMode):
         self.spoiled: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        written = [
-            a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
-        ]
-        for dst in written:
-            address = dst.untyped_storage().data_ptr() if isinstance(dst, torch.Tensor) else None
+        given = {s.name: a for a, s in zip(args, func._schema.arguments, strict=False)} | (kwargs or {})
+        written = [given.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
+        for dst in [t for w in written for t in (w if isinstance(w, (list, tuple)) else [w]) if t is not None]:
+            address = dst.untyped_storage().data_ptr()
+            if address in self.weights:
+                raise HandleError(
+                    f"found a loader of vLLM that writes into the trainer's weights ({func}), needed none"
+                )
             if address not in self.copies:
                 continue
             src = args[1] if func is torch.ops.aten.copy_.default else dst
@@ -501,7 +504,7 @@ def covered_once(views: list[torch.Tensor], base: torch.Tensor) -> int | None:
     Exact, and without a mark per element: the views' edges cut `base` into cells, and a cell is covered as a whole.
     """
     boxes = [_box(v, base) for v in views]
-    if None in boxes or not base.is_contiguous():
+    if None in boxes or not base.is_contiguous() or any(v.dtype != base.dtype for v in views):
         return None
     edges = [sorted({e for b in boxes for e in b[d]}) for d in range(base.dim())]
     cells = torch.zeros([max(len(e) - 1, 0) for e in edges], dtype=torch.int32)
@@ -526,14 +529,16 @@ class CopyPlan:
         parameters = {n: p.data for n, p in model.named_parameters() if n in wanted}
         with _RecordCopies(weights.values(), parameters.values()) as recorder:
             model.load_weights((n, w) for n, w in weights.items() if n not in layout.reload)
+        now = {n: p.data_ptr() for n, p in model.named_parameters()}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         loaders = set(layout.reload)
         for name, parameter in parameters.items():
             address = parameter.untyped_storage().data_ptr()
             copies = recorder.copies[address]
             covered = covered_once([dst for dst, _ in copies], parameter)
+            same = address not in recorder.spoiled and now[name] == parameter.data_ptr()
             # Covered but for padding; anything else is left to the loaders.
-            if address not in recorder.spoiled and covered == parameter.numel() - layout.padding.get(name, 0):
+            if same and covered == parameter.numel() - layout.padding.get(name, 0):
                 self.copies += copies
             else:
                 loaders |= {r.weight for r in layout.regions if r.parameter == name}
@@ -546,8 +551,9 @@ class CopyPlan:
     def push(self, version: int) -> None:
         """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
 
-        The version is read from the trainer's memory before and after the copies: a mapping of a trainer that is gone,
-        a step that has not finished and one that began meanwhile all show.
+        The version is read from the trainer's memory before and after the copies: a step that has not finished and one
+        that began meanwhile show, and so does the mapping of a trainer that is gone, as its version stands still. That
+        holds if no version is ever given out twice, not by the next trainer either.
         """
         if self.graph:
             self.graph.replay()
@@ -613,7 +619,8 @@ class ColocateWorkerExtension:
     """Methods for `LLM.collective_rpc`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
     `messages` is always {gpu_uuid: export_handles(...)} of all training actors: a worker takes its own GPU's and
-    ignores the rest. Method names must differ from the worker's own (vLLM refuses to start otherwise).
+    ignores the rest. Method names must differ from the worker's own (vLLM refuses to start otherwise). After one of
+    them has raised, replace the engine: with TP > 1 vLLM leaves the other ranks' replies in its queue.
     """
 
     _plan: CopyPlan | None = None  # set while connected
@@ -663,7 +670,10 @@ class ColocateWorkerExtension:
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_handles(message, self.device))
             opened = time.perf_counter()
-            plan = CopyPlan(self.get_model(), self.model_config, weights, weights.pop(VERSION), layout)
+            version = weights.pop(VERSION)
+            plan = CopyPlan(self.get_model(), self.model_config, weights, version, layout)
+            if int(version) < 0:
+                raise HandleError("found the trainer in the middle of a step, needed it at rest: connect between steps")
             self._plan, self._mapping = plan, mapping.pop_all()
         return {
             "weights": len(plan.weights),

@@ -60,7 +60,7 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
             step += 1
             colocation.on_trainers("perturb", step)
             count(name, milliseconds(call, 1)[0], i)
-        for method in methods:
+        for method in methods[i % len(methods) :] + methods[: i % len(methods)]:
             step += 1
             colocation.on_trainers("perturb", step)
             start = time.perf_counter()
@@ -93,6 +93,7 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
     for method in methods:
         p95 = statistics.quantiles(times[method], n=20, method="inclusive")[-1]
         row = {"method": method, "wall_ms_p50": median[method], "wall_ms_p95": p95, "first_push_ms": first[method]}
+        row["wall_ms"] = [round(ms, 3) for ms in times[method]]
         if method == "recorded":
             row["first_push_ms"] += connect["wall_ms"]
             row |= {"connect_ms": connect["wall_ms"], "extra_gpu_bytes": extra}

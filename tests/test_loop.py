@@ -94,6 +94,30 @@ def test_stale_weights_show_in_the_logprobs(tmp_path):
     assert [row["logprob_gap"] < 0.004 for row in run.report["steps"]] == [True, True]
 
 
+BROKEN = """
+import sys
+import rlhf_colocate as rc
+
+class Broken(rc.RayTrainingActor):
+    def learn(self, *args):
+        if __import__("torch").distributed.get_rank() == 1:
+            raise OSError("the dog ate it")
+        return super().learn(*args)
+
+rc.Colocation.training_actor = Broken
+sys.exit(rc.main(sys.argv[1:]))
+"""
+
+
+def test_one_trainer_that_fails_ends_the_run_while_the_others_wait_for_it(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN)
+    layout = ["--num-gpus", "2", "--tensor-parallel-size", "1", *SMALL, "--steps", "1"]
+    run = Run(tmp_path, *layout, *shape(tmp_path, **TINY), script=broken, timeout=200)
+    assert run.code == FAIL and "the dog ate it" in run.last_line
+    assert run.report["stages_s"]["train"] < 30, "it did not wait for --timeout"
+
+
 def test_simple_push_and_kl(tmp_path):
     options = ["--steps", "2", "--push", "simple", "--kl-coef", "0.1", "--offload-optimizer", "--sleep-level", "0"]
     run = Run(tmp_path, *ONE, *SMALL, *shape(tmp_path, **TINY), *options)

@@ -123,12 +123,25 @@ def test_hardware(monkeypatch):
         rp.check_hardware(Config(), [], False, 0)
     with refused(MISSING, "GiB free on GPU 0"):
         rp.check_hardware(Config(), gpus(4, free=20_000), False, 0)
-    with refused(MISSING, "the trainer's weights"):
+    with refused(MISSING, "trainer: weights"):
         rp.check_hardware(Config(), gpus(4, free=40_000), False, 15 * 2**30)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         with monkeypatch.context() as m, refused(MISSING, f"unset {name}"):
             m.setenv(name, "max_split_size_mb:64, expandable_segments: True")
             rp.check_hardware(Config(), gpus(4), False, 0)
+
+
+def test_the_optimizer_counts(monkeypatch):
+    """7 GiB of weights beside an engine of 32 of 80 GiB: 7 x 7 between steps does not fit, nor 9 x 7 with it awake."""
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    weights = 7 * 2**30
+    with refused(MISSING, "80.9"):
+        rp.check_hardware(Config(), gpus(4), False, weights)
+    rp.check_hardware(Config(offload_optimizer=True), gpus(4), False, weights)
+    with refused(MISSING, "94.9"):
+        rp.check_hardware(Config(offload_optimizer=True, sleep_level=0), gpus(4), False, weights)
+    rp.check_hardware(Config(steps=0), gpus(4), False, weights)
 
 
 def test_visible_gpus_keep_the_users_order(tmp_path, monkeypatch):
@@ -261,6 +274,8 @@ def test_after_a_failure_the_engines_do_nothing_more():
         (["--learning-rate", "-1"], "leave out --learning-rate"),
         (["--resume", "nowhere"], "a folder that --checkpoint wrote"),
         (["--plot", "/no/where.png"], "mkdir -p /no"),
+        (["--checkpoint-every", "5"], "type --checkpoint DIR"),
+        (["--dtype", "float16"], "type --dtype bfloat16"),
         (["--checkpoint", "README.md"], "something else at --checkpoint"),
         (["--checkpoint", "tests"], "something else at --checkpoint"),
     ],
