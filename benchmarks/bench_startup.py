@@ -66,6 +66,7 @@ def colocated(model: Path, num_gpus: int, tensor_parallel_size: int) -> dict:
         output = Path(folder, "report.json")
         command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--model", str(model), "--load-format", "dummy"]
         command += ["--num-gpus", str(num_gpus), "--tensor-parallel-size", str(tensor_parallel_size)]
+        command += ["--steps", "0"]
         done = subprocess.run([*command, "--output-json", str(output)], capture_output=True, text=True, timeout=600)
         if done.returncode:
             sys.exit(f"the colocation failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

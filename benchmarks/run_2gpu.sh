@@ -9,7 +9,7 @@ go() { # name, expected exit code, arguments
     local name=$1 expected=$2
     shift 2
     echo "== $name: rlhf_colocate.py $*"
-    timeout 150 python3 rlhf_colocate.py --output-json "$out/$name.json" "$@" 2>&1 | tee "$out/$name.log"
+    timeout 150 python3 rlhf_colocate.py --steps 0 --output-json "$out/$name.json" "$@" 2>&1 | tee "$out/$name.log"
     local code=${PIPESTATUS[0]}
     [ "$code" = "$expected" ] || { echo "== $name: exit code $code, expected $expected"; bad=1; }
 }
