@@ -46,7 +46,18 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf_preflight import DEFAULT_MODEL, FAIL, INTERRUPTED, MISSING, PASS, USAGE, Stop, preflight, require
+from rlhf_preflight import (
+    DEFAULT_MODEL,
+    FAIL,
+    INTERRUPTED,
+    LONGEST_PROMPT,
+    MISSING,
+    PASS,
+    USAGE,
+    Stop,
+    preflight,
+    require,
+)
 from rlhf_report import (
     Log,
     brief,
@@ -60,6 +71,7 @@ from rlhf_report import (
 )
 
 HERE = Path(__file__).resolve().parent
+MAX_NUM_SEQS = 64  # at a time in an engine
 
 # fault -> (what is done, the check that must fail)
 FAULTS = {
@@ -602,7 +614,7 @@ class Colocation:
         Only once the trainers have settled: vLLM measures free memory, and must not see another process allocate.
         """
         config = self.config
-        limit = {"kv_cache_memory_bytes": 64 * 2**20} if self.rehearsal else {}
+        limit = {"kv_cache_memory_bytes": rehearsal_kv_bytes(config, self.model_config)} if self.rehearsal else {}
         refs = [
             e.start.remote(
                 (self.model_config.get("architectures") or [""])[0],
@@ -615,7 +627,7 @@ class Colocation:
                 worker_extension_cls=self.worker_extension,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 max_model_len=config.max_model_len,
-                max_num_seqs=64,
+                max_num_seqs=MAX_NUM_SEQS,
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
                 enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.rehearsal,
@@ -910,6 +922,20 @@ def flatten(nested: list[list]) -> list:
     return [item for items in nested for item in items]
 
 
+def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
+    """Per rank, for MAX_NUM_SEQS sequences of full length, as vLLM's CPU build cannot resume a seeded request.
+
+    Attention's keys and values only; blocks of 128 tokens.
+    """
+    text = model_config.get("text_config", model_config)
+    heads = text.get("num_attention_heads", 1)
+    kv_heads = -(-(text.get("num_key_value_heads") or heads) // config.tensor_parallel_size)
+    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    itemsize = 4 if config.dtype == "float32" else 2
+    tokens = MAX_NUM_SEQS * 128 * (-(-(config.max_tokens + LONGEST_PROMPT) // 128) + 1)
+    return max(64 * 2**20, tokens * 2 * text.get("num_hidden_layers", 0) * kv_heads * head_dim * itemsize)
+
+
 def free_port() -> int:
     """A port below the ephemeral range whose neighbours (one block of 200 per engine) are probed by vLLM itself."""
     while True:
@@ -1119,9 +1145,9 @@ def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
 
 
 def token_prompts(config: Config, model_config: dict) -> list[list[int]]:
-    """For a model without a tokenizer: 48 seeded token ids per prompt."""
+    """For a model without a tokenizer: seeded token ids."""
     rng, text = random.Random(config.seed), model_config.get("text_config", model_config)
-    return [[rng.randrange(10, text["vocab_size"]) for _ in range(48)] for _ in PROMPTS]
+    return [[rng.randrange(10, text["vocab_size"]) for _ in range(LONGEST_PROMPT)] for _ in PROMPTS]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1152,7 +1178,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, verdict = INTERRUPTED, "FAIL: interrupted"
     except Exception as error:  # a reward of the user's, a full disk: the report is written all the same
-        code, verdict = FAIL, f"FAIL: {type(error).__name__}: {error}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        code, verdict = FAIL, f"FAIL: {type(error).__name__}: {error} ({where}; --verbose shows the traceback)"
         if config.verbose:
             traceback.print_exc()
     finally:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf_report import Log
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+LONGEST_PROMPT = 48  # tokens, of those that the script brings along
 DEFAULT_MODEL = "facebook/opt-125m"
 # transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture.
 OPT_125M = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "num_attention_heads": 12, "vocab_size": 50272}
@@ -86,6 +87,10 @@ def check_loop(config: Config) -> None:
     for name in negative:
         what = "--" + name.replace("_", "-")
         require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}", USAGE)
+    needed = f"{LONGEST_PROMPT} less than --max-model-len {config.max_model_len}, for the prompt"
+    fix = f"type --max-model-len {config.max_tokens + LONGEST_PROMPT}"
+    fits = config.max_tokens + LONGEST_PROMPT <= config.max_model_len
+    require(fits, f"--max-tokens {config.max_tokens}", needed, fix, USAGE)
     if not config.steps:
         return
     found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
@@ -147,6 +152,8 @@ def find_packages() -> tuple[dict[str, str], bool]:
     install = (
         "type pip install -r requirements.txt (NVIDIA GPU) or pip install --no-deps -r requirements-cpu.txt (none)"
     )
+    if (Path(__file__).parent / ".venv/bin/activate").exists() and sys.prefix == sys.base_prefix:
+        install = "type . .venv/bin/activate"
     require(not missing, f"no package {', '.join(missing)} for {sys.executable}", "it installed", install, MISSING)
     folder = Path(importlib.util.find_spec("vllm").origin).parent
     for part in ("v1/executor/ray_executor_v2.py", "model_executor/model_loader/reload"):

@@ -117,7 +117,7 @@ def plot_steps(rows: list[dict], path: str) -> None:
 
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     steps = [r["step"] for r in rows]
-    upper.plot(steps, [r["reward"] for r in rows], color="#e07b39")
+    upper.plot(steps, [r["reward"] for r in rows], ".-", color="#e07b39")
     upper.set_ylabel("mean reward")
     names = list(dict.fromkeys(name for r in rows for name in r["seconds"]))
     lower.stackplot(steps, [[r["seconds"].get(name, 0) for r in rows] for name in names], labels=names)

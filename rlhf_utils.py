@@ -56,7 +56,10 @@ def device_uuid(device: torch.device) -> str:
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     import ray
 
-    return "logical-gpu-" + ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+    ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    if not ids:
+        raise RuntimeError("found no logical GPU, needed one of Ray's: call this in an actor that has a share of a GPU")
+    return "logical-gpu-" + ",".join(ids)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -420,7 +423,8 @@ def _check_message(message: dict, layout: Layout) -> None:
     needed = {r.weight: (r.shape, r.dtype) for r in layout.regions} | {VERSION: ((), torch.int64)}
     counts = Counter(w["name"] for w in message["weights"])
     problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
-    problems += [f"missing: {n}" for n in needed if n not in counts]
+    hint = {VERSION: " (export it beside the weights: an int64 scalar under the name rlhf_utils.VERSION)"}
+    problems += [f"missing: {n}{hint.get(n, '')}" for n in needed if n not in counts]
     problems += [f"unexpected: {n}" for n in counts if n not in needed]
     for w in message["weights"]:
         shape, dtype = needed.get(w["name"], (tuple(w["shape"]), DTYPES.get(w["dtype"])))
@@ -618,9 +622,10 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
 class ColocateWorkerExtension:
     """Methods for `LLM.collective_rpc`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
-    `messages` is always {gpu_uuid: export_handles(...)} of all training actors: a worker takes its own GPU's and
-    ignores the rest. Method names must differ from the worker's own (vLLM refuses to start otherwise). After one of
-    them has raised, replace the engine: with TP > 1 vLLM leaves the other ranks' replies in its queue.
+    `messages` is always {gpu_uuid: export_handles([*checkpoint_tensors(model), (VERSION, version)])} of all training
+    actors: a worker takes its own GPU's, and checks the rest. Method names must differ from the worker's own (vLLM
+    refuses to start otherwise). After one of them has raised, replace the engine: with TP > 1 vLLM leaves the other
+    ranks' replies in its queue.
     """
 
     _plan: CopyPlan | None = None  # set while connected

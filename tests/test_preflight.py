@@ -268,6 +268,7 @@ def test_after_a_failure_the_engines_do_nothing_more():
 @pytest.mark.parametrize(
     "arguments, says",
     [
+        (["--max-tokens", "2000"], "type --max-model-len 2048"),
         (["--group-size", "1"], "--group-size 8"),
         (["--prompts-per-step", "1"], "--prompts-per-step 2"),
         (["--steps", "-1"], "leave out --steps"),
@@ -286,3 +287,11 @@ def test_a_loop_that_cannot_run_is_one_line_and_exit_code_2(arguments, says, mon
     assert done.returncode == USAGE and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (ROOT / "README.md").is_file() and (ROOT / "tests").is_dir()
+
+
+def test_the_rehearsals_cache_holds_all_sequences_whole():
+    """64 sequences of 400 tokens and a prompt, in 5 blocks of 128: SmolLM2-135M has 30 layers, 3 KV heads of 64."""
+    smollm2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    config = Config(num_gpus=1, tensor_parallel_size=1, max_tokens=400)
+    assert rc.rehearsal_kv_bytes(config, smollm2) == 64 * 5 * 128 * 30 * 2 * 3 * 64 * 2
+    assert rc.rehearsal_kv_bytes(Config(), {"num_attention_heads": 12}) == 64 * 2**20, "at least"
