@@ -529,8 +529,6 @@ class Colocation:
         An actor gets one of them if its runtime_env is empty, like theirs: hence the settings in os.environ, which
         Ray's processes inherit. Without this, vLLM's workers would start to import it only when the engine has.
         """
-        import ray
-
         config = self.config
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -546,6 +544,8 @@ class Colocation:
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
+            import ray
+
             hook = "rlhf_utils.preload_engine_process"
             try:
                 ray.init(address, runtime_env={"env_vars": env, "worker_process_setup_hook": hook}, **options)
@@ -557,14 +557,17 @@ class Colocation:
             found = f"{free:g} free GPUs in the Ray cluster at {address!r}"
             require(free >= config.num_gpus, found, f"{config.num_gpus}", fix, MISSING)
             return
-        os.environ.update(env)
+        # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless this
+        # is said, on Linux too, before it is imported (ray._private.services.get_node_ip_address).
+        os.environ.update(env | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+        import ray
+
         ray.init(
             address="local",
             num_gpus=config.num_gpus if self.rehearsal else None,
             num_cpus=config.num_engines + config.num_gpus,  # an engine's own process and its workers'
             include_dashboard=False,
             object_store_memory=128 * 2**20,  # bytes; only small messages pass through it
-            _node_ip_address="127.0.0.1",
             _system_config={"preload_python_modules": ["rlhf_utils"]},
             **options,
         )

@@ -187,6 +187,30 @@ def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
     assert "found 1 free GPUs in the Ray cluster" in run.stderr and "needed 2" in run.stderr
 
 
+LISTEN = """
+import json, psutil, sys
+from pathlib import Path
+import rlhf_colocate as rc
+
+folder = Path(sys.argv[1])
+(folder / "config.json").write_text("{}")
+colocation = rc.Colocation(rc.Config(num_gpus=1, tensor_parallel_size=1), True, folder, "dummy")
+colocation.start_ray()
+pids = {p.pid for p in [psutil.Process(), *psutil.Process().children(recursive=True)]}
+connections = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in pids]
+print(json.dumps(sorted({c.laddr.ip for c in connections})))
+colocation.close()
+"""
+
+
+def test_ray_listens_on_loopback_only(tmp_path):
+    command, env = [sys.executable, "-c", LISTEN, str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    addresses = json.loads(done.stdout)
+    assert addresses and all(a.endswith(("127.0.0.1", "::1")) for a in addresses), addresses
+
+
 @pytest.mark.gpu(2)
 def test_cuda_ipc_on_two_gpus(tmp_path):
     assert Run(tmp_path, *TWO).passed()["hardware"]["mode"] == "CUDA IPC"
