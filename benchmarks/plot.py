@@ -58,15 +58,17 @@ def draw_loops():
         left.plot([s["step"] for s in r["steps"]], [s["reward"] for s in r["steps"]], label=f"seed {name[-1]}")
     left.set(xlabel="step (rehearsal on two cores, default run)", ylabel="mean reward", ylim=(0, 1.02))
     left.legend(fontsize=8, frameon=False)
-    runs = {n: r for n, r in tables.load("loop-1xh100-*.json").items() if r.get("steps")}
+    runs = {n: r for n, r in tables.load("loop-?xh100-*.json").items() if r.get("steps")}
     for y, r in enumerate(runs.values()):
         start = 0.0
         for phase, colour in PHASES.items():
             seconds = statistics.median(s["seconds"].get(phase, 0) for s in r["steps"])
             right.barh(y, seconds, left=start, color=colour, label=phase if y == 0 else None, height=0.6)
             start += seconds
-    right.set_yticks(range(len(runs)), [n.replace("loop-1xh100-", "") for n in runs])
-    right.set_xlabel("seconds of a step, by phase (1 × H100, medians)")
+    right.set_yticks(
+        range(len(runs)), [n.removeprefix("loop-").replace("h100-", " H100, ").replace("x", " × ", 1) for n in runs]
+    )
+    right.set_xlabel("seconds of a step, by phase (medians)")
     right.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.35))
     return figure
 

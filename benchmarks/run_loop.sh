@@ -21,7 +21,7 @@ for shape in Qwen2.5-0.5B Qwen2.5-3B; do
     python3 benchmarks/shapes.py "$shape" "runs/$shape" >/dev/null
 done
 go loop-1xh100-qwen2.5-0.5b 0 --model runs/Qwen2.5-0.5B --steps 12 --max-tokens 256 \
-    --no-enforce-eager --trace "$out/trace-1xh100-qwen2.5-0.5b.json"
+    --no-enforce-eager
 three="--model runs/Qwen2.5-3B --steps 3 --max-tokens 64 --learning-rate 1e-5 --gpu-memory-utilization 0.35"
 go loop-1xh100-qwen2.5-3b 0 $three
 go loop-1xh100-qwen2.5-3b-awake 1 $three --sleep-level 0
