@@ -50,16 +50,14 @@ class HandleError(ValueError):
 def device_uuid(device: torch.device) -> str:
     """The GPU's name that is the same in every process, whatever CUDA_VISIBLE_DEVICES says.
 
-    In the rehearsal (CPU), Ray's logical GPU takes its place.
+    In the rehearsal (CPU), Ray's logical GPU takes its place; without Ray, "cpu".
     """
     if device.type == "cuda":
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     import ray
 
-    ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    if not ids:
-        raise RuntimeError("found no logical GPU, needed one of Ray's: call this in an actor that has a share of a GPU")
-    return "logical-gpu-" + ",".join(ids)
+    ids = ray.get_runtime_context().get_accelerator_ids()["GPU"] if ray.is_initialized() else []
+    return "logical-gpu-" + ",".join(ids) if ids else "cpu"
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
         ray.communicate("", timeout=60)
     assert run.code == MISSING
     assert "found 1 free GPUs in the Ray cluster" in run.stderr and "needed 2" in run.stderr
+
+
+def test_the_minimal_example(smollm2):
+    command = [sys.executable, str(ROOT / "examples/minimal_push.py"), str(smollm2)]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    texts = re.findall(r"^version \d: (.*)$", done.stdout, re.MULTILINE)
+    assert "Paris" in texts[0] and len(set(texts)) == 3, texts
+    assert re.search(r"^134515008 elements compared, wrong: none$", done.stdout, re.MULTILINE), done.stdout
 
 
 LISTEN = """

@@ -1,0 +1,74 @@
+"""The push and nothing else: one trainer, one `vllm.LLM`, one GPU; no Ray, nothing of rlhf_colocate.py.
+
+    python examples/minimal_push.py FOLDER        a Hugging Face checkpoint, for instance Qwen2.5-0.5B
+
+vLLM must be able to import rlhf_utils in its worker: copy that file beside yours, or put its folder into PYTHONPATH.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+os.environ["RLHF_COLOCATE_ROLE"] = "engine"  # on CPU rlhf_utils keeps vLLM's layers plain, as they are on a GPU
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import vllm  # noqa: E402
+
+from rlhf_utils import VERSION, checkpoint_tensors, device_uuid, digest, export_handles, share_memory  # noqa: E402
+
+
+def main(folder: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # The engine lives in a process of its own, as CUDA IPC wants it. Before the trainer: it measures free memory.
+    llm = vllm.LLM(
+        folder,
+        dtype="bfloat16",
+        max_model_len=256,
+        gpu_memory_utilization=0.4,
+        enforce_eager=True,
+        worker_extension_cls="rlhf_utils.ColocateWorkerExtension",
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    version = torch.zeros((), dtype=torch.int64, device=device)
+    if device.type == "cpu":
+        share_memory([*model.parameters(), version])
+
+    # Once: the worker maps the weights, and records what vLLM's loaders do with them.
+    def handles() -> dict:
+        return {device_uuid(device): export_handles([*checkpoint_tensors(model), (VERSION, version)])}
+
+    llm.collective_rpc("connect_weights", args=(handles(),))
+
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=12)
+    for step in range(1, 4):
+        (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
+        print(f"version {step - 1}: {output.outputs[0].text!r}")
+        version.fill_(-1)  # the weights are changing: a push now is refused
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.float().std() * torch.randn_like(p))  # your optimizer's step, in place
+        version.fill_(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        # At each step: "go". When it returns, the trainer may change its weights again.
+        (worker,) = llm.collective_rpc("push_weights", args=(step,))
+        assert llm.reset_prefix_cache(), "requests are still running"
+        print(f"pushed {worker['bytes'] / 1e6:.0f} MB in {worker['copy_ms']:.2f} ms")
+
+    # Not at each step: is every element where it belongs?
+    digests = {name: digest(tensor) for name, tensor in checkpoint_tensors(model)}
+    (worker,) = llm.collective_rpc("verify_weights", args=(handles(), digests))
+    wrong = [*worker["transport"]["wrong"], *worker["placement"]["wrong"]]
+    print(f"{worker['placement']['checked']} elements compared, wrong: {', '.join(wrong) or 'none'}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])
