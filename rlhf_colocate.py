@@ -543,9 +543,14 @@ class Colocation:
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
-        if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
-            import ray
+        address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        if not address:
+            # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless
+            # this is said, on Linux too, before it is imported (ray._private.services.get_node_ip_address).
+            os.environ.update(env | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+        import ray
 
+        if address:
             hook = "rlhf_utils.preload_engine_process"
             try:
                 ray.init(address, runtime_env={"env_vars": env, "worker_process_setup_hook": hook}, **options)
@@ -557,11 +562,6 @@ class Colocation:
             found = f"{free:g} free GPUs in the Ray cluster at {address!r}"
             require(free >= config.num_gpus, found, f"{config.num_gpus}", fix, MISSING)
             return
-        # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless this
-        # is said, on Linux too, before it is imported (ray._private.services.get_node_ip_address).
-        os.environ.update(env | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
-        import ray
-
         ray.init(
             address="local",
             num_gpus=config.num_gpus if self.rehearsal else None,
@@ -928,7 +928,7 @@ def flatten(nested: list[list]) -> list:
 def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
     """Per rank, for MAX_NUM_SEQS sequences of full length, as vLLM's CPU build cannot resume a seeded request.
 
-    Attention's keys and values only; blocks of 128 tokens.
+    Attention's keys and values only; in blocks of 128 tokens, one more than a sequence fills.
     """
     text = model_config.get("text_config", model_config)
     heads = text.get("num_attention_heads", 1)

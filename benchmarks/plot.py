@@ -65,9 +65,8 @@ def draw_loops():
             seconds = statistics.median(s["seconds"].get(phase, 0) for s in r["steps"])
             right.barh(y, seconds, left=start, color=colour, label=phase if y == 0 else None, height=0.6)
             start += seconds
-    right.set_yticks(
-        range(len(runs)), [n.removeprefix("loop-").replace("h100-", " H100, ").replace("x", " × ", 1) for n in runs]
-    )
+    names = [f"{n.split('-', 2)[2]}\n{tables.hardware(r)}" for n, r in runs.items()]
+    right.set_yticks(range(len(runs)), names)
     right.set_xlabel("seconds of a step, by phase (medians)")
     right.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.35))
     return figure

@@ -9,23 +9,15 @@ gpus=${GPUS:-4}
 parts=" ${PARTS:-runs bench} "
 kind=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | grep -o '[A-Z][0-9]\{3\}' | tr A-Z a-z)
 on="${gpus}x$kind"
-bad=0
-go() { # name, arguments
-    local name=$1
-    shift
-    echo "== $name: rlhf_colocate.py $*"
-    timeout --foreground 150 python3 rlhf_colocate.py --num-gpus "$gpus" --output-json "$out/$name.json" "$@" 2>&1 |
-        tee "$out/$name.log"
-    local code=${PIPESTATUS[0]}
-    [ "$code" = 0 ] || { echo "== $name: exit code $code"; bad=1; }
-}
+common="--num-gpus $gpus" limit=150
+source benchmarks/go.sh
 if [[ $parts = *" runs "* ]]; then
     # The defaults: TP=2, the proof of the push and a learning run of 12 steps. The same GPUs in another order. One GPU
     # per engine, and one engine over all GPUs.
-    go "loop-$on-opt-125m"
-    CUDA_VISIBLE_DEVICES=$([ "$gpus" = 4 ] && echo 3,1,2,0 || echo 1,0) go "run-$on-opt-125m-reordered" --steps 0
-    go "run-$on-opt-125m-tp1" --steps 0 --tensor-parallel-size 1
-    go "run-$on-opt-125m-tp$gpus" --steps 0 --tensor-parallel-size "$gpus"
+    go "loop-$on-opt-125m" 0
+    CUDA_VISIBLE_DEVICES=$([ "$gpus" = 4 ] && echo 3,1,2,0 || echo 1,0) go "run-$on-opt-125m-reordered" 0 --steps 0
+    go "run-$on-opt-125m-tp1" 0 --steps 0 --tensor-parallel-size 1
+    go "run-$on-opt-125m-tp$gpus" 0 --steps 0 --tensor-parallel-size "$gpus"
 fi
 if [[ $parts = *" bench "* ]]; then
     for shape in opt-125m Qwen2.5-7B; do
@@ -35,7 +27,7 @@ if [[ $parts = *" bench "* ]]; then
 fi
 if [[ $parts = *" loop "* ]]; then # of a model that is worth sharing out, on engines with CUDA graphs
     python3 benchmarks/shapes.py Qwen2.5-0.5B runs/Qwen2.5-0.5B >/dev/null
-    go "loop-$on-qwen2.5-0.5b" --model runs/Qwen2.5-0.5B --load-format dummy --max-tokens 256 --no-enforce-eager \
+    go "loop-$on-qwen2.5-0.5b" 0 --model runs/Qwen2.5-0.5B --load-format dummy --max-tokens 256 --no-enforce-eager \
         --trace "$out/trace-$on-qwen2.5-0.5b.json"
 fi
 exit $bad

@@ -7,16 +7,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/run_loop.sh OUT_DIR}
-bad=0
-go() { # name, expected exit code, arguments
-    local name=$1 expected=$2
-    shift 2
-    echo "== $name: rlhf_colocate.py $*"
-    timeout --foreground 200 python3 rlhf_colocate.py --num-gpus 1 --tensor-parallel-size 1 --load-format dummy \
-        --output-json "$out/$name.json" "$@" 2>&1 | tee "$out/$name.log"
-    local code=${PIPESTATUS[0]}
-    [ "$code" = "$expected" ] || { echo "== $name: exit code $code, expected $expected"; bad=1; }
-}
+common="--num-gpus 1 --tensor-parallel-size 1 --load-format dummy" limit=200
+source benchmarks/go.sh
 for shape in Qwen2.5-0.5B Qwen2.5-3B; do
     python3 benchmarks/shapes.py "$shape" "runs/$shape" >/dev/null
 done

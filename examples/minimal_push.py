@@ -12,9 +12,12 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-os.environ["RLHF_COLOCATE_ROLE"] = "engine"  # on CPU rlhf_utils keeps vLLM's layers plain, as they are on a GPU
 
 import torch  # noqa: E402
+
+if not torch.version.cuda:  # vLLM's CPU build: rlhf_utils then keeps its layers plain, as they are on a GPU
+    os.environ["RLHF_COLOCATE_ROLE"] = "engine"
+
 import transformers  # noqa: E402
 import vllm  # noqa: E402
 
