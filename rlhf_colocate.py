@@ -29,6 +29,7 @@ Ray, real vLLM, real processes; shared memory in place of CUDA IPC.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -36,7 +37,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -46,6 +46,7 @@ import time
 import traceback
 from pathlib import Path
 
+from rlhf_faults import Lost, Watch, bury, part_name, recover, shared_memory_files, wait_for
 from rlhf_preflight import (
     DEFAULT_MODEL,
     FAIL,
@@ -57,6 +58,7 @@ from rlhf_preflight import (
     Stop,
     preflight,
     require,
+    stage_timeouts,
 )
 from rlhf_report import (
     Log,
@@ -142,7 +144,11 @@ class Config:
     checkpoint_every: int = flag(0, "and after every so many RLHF steps (0: only at the end)")
     resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(600.0, "longest wait for any single stage, seconds")
+    timeout: float = flag(
+        600.0, "longest that a stage may take, seconds: one of the last table's, for each of its times"
+    )
+    stage_timeout: str | None = flag(None, "the same for single stages, as in push=5,rollout=60")
+    max_restarts: int = flag(1, "how many times a run rebuilds actors that died or hang, once the RLHF loop has begun")
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
     @property
@@ -180,7 +186,8 @@ def traced(method):
             return method(self, *args)
         finally:
             name = args[0] if method.__name__ == "collective_rpc" else method.__name__
-            self.__dict__.setdefault("spans", []).append((name, start, time.time() - start))
+            spans = self.__dict__.setdefault("spans", collections.deque(maxlen=10_000))  # the last of a long run
+            spans.append((name, start, time.time() - start))
 
     return timed
 
@@ -309,14 +316,25 @@ class RayTrainingActor:
         self.learner.save(Path(folder))
 
     def trace(self) -> list[tuple]:
-        return self.__dict__.get("spans", [])
+        return list(self.__dict__.get("spans", []))
+
+    def progress(self) -> tuple[int, dict[str, float]]:
+        """How many optimizer steps are done, and the last one's metrics."""
+        return self.learner.steps, self.learner.metrics
 
     @traced
     def weight_digests(self) -> dict[str, str]:
-        """{weight name: 64-bit digest of its bits}."""
+        """{weight name: 64-bit digest of its bits}. Raises ValueError if a weight holds NaN or Inf."""
+        import torch
+
         import rlhf_utils
 
-        return {name: rlhf_utils.digest(t) for name, t in rlhf_utils.checkpoint_tensors(self.model)}
+        weights = dict(rlhf_utils.checkpoint_tensors(self.model))
+        # A sum is finite only if all it adds up is, and takes no memory beside the weights.
+        finite = torch.stack([t.sum(dtype=torch.float32).isfinite() for t in weights.values()]).tolist()
+        if bad := [name for name, ok in zip(weights, finite, strict=True) if not ok]:
+            raise ValueError(f"found NaN or Inf in {summary(bad)}; needed finite weights: push refused")
+        return {name: rlhf_utils.digest(t) for name, t in weights.items()}
 
     def get_weight_ipc_handles(self) -> dict[str, dict]:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
@@ -343,7 +361,8 @@ class MyLLM:
     """A vLLM engine. This actor runs its scheduler and takes no GPU; its workers are actors on the given bundles."""
 
     def __init__(self, bundle_indices: list[int], gpu_share: float, master_port: int):
-        self.version: int | None = None  # of the weights: the last whole push's
+        self.version: int | None = 0  # of the last whole push. None: poisoned, it does not generate before the next one
+        self.asleep: set[str] = set()
         # Read by vLLM's Ray executor when the engine is built.
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(gpu_share)
         os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_indices))
@@ -353,7 +372,7 @@ class MyLLM:
         os.environ["VLLM_DP_MASTER_PORT"] = str(master_port)
 
     def start(self, architecture: str, **engine_args) -> list[dict]:
-        """Build the engine; returns what its workers report. Apart from __init__, so that imports overlap."""
+        """Build the engine; returns its workers' reports and its pid. Not in __init__, so that imports overlap."""
         from vllm import LLM, ModelRegistry
 
         # vLLM inspects an architecture in a subprocess that imports vLLM once more. Registering the class itself
@@ -362,40 +381,71 @@ class MyLLM:
         if hasattr(lazy, "load_model_cls"):
             ModelRegistry.register_model(architecture, lazy.load_model_cls())
         self.llm = LLM(**engine_args)
-        return self.llm.collective_rpc("report_device_id")
+        return [w | {"engine_pid": os.getpid()} for w in self.collective_rpc("report_device_id")]
 
     @traced
     def collective_rpc(self, method: str, *args) -> list:
-        """Call a method of ColocateWorkerExtension on every worker; results in rank order."""
-        return self.llm.collective_rpc(method, args=args)
+        """Call a method of ColocateWorkerExtension on every worker; results in rank order, errors raised.
+
+        One that writes weights poisons the engine until `finish_push`.
+        """
+        import rlhf_utils
+
+        if method in rlhf_utils.WRITES:
+            if "weights" in self.asleep:
+                raise RuntimeError('found the engine\'s weights asleep, needed wake_up("weights") before a push')
+            self.version = None
+        return rlhf_utils.call_workers(self.llm, method, *args)
 
     @traced
-    def finish_push(self, version: int | None) -> bool:
-        """After a push: forget the keys and values of the old weights, and remember the version. False if it cannot."""
+    def finish_push(self, version: int) -> bool:
+        """After a push that succeeded in all workers of all engines: forget the keys and values of the old weights, and
+        remember the version. False if it cannot."""
         done = self.llm.reset_prefix_cache()
         self.version = version if done else None
         return done
 
+    def weights_version(self) -> int | None:
+        """Of the last whole push; None if the engine must not be used before another."""
+        return self.version
+
     @traced
     def sleep(self, level: int) -> None:
         """Give GPU memory up: 1 weights (to the host) and KV cache, 2 both dropped. vLLM ignores it on CPU."""
-        self.llm.sleep(level=level)
         self.version = None  # until the next push
+        self.asleep = {"weights", "kv_cache"}
+        self.llm.sleep(level=level)
 
     @traced
     def wake_up(self, tag: str) -> None:
         """Take memory again: "weights" (after level 2 their content is undefined until a push), then "kv_cache"."""
         self.llm.wake_up(tags=[tag])
+        self.asleep.discard(tag)
+
+    def stand_by(self, disconnect: bool) -> None:
+        """Awake, but not to be used before a push, whatever went on before: where a recovery starts."""
+        self.version = None
+        if disconnect:
+            self.collective_rpc("disconnect_weights")
+        for tag in ("weights", "kv_cache"):
+            if tag in self.asleep:
+                self.wake_up(tag)
+
+    def _require_whole_weights(self) -> None:
+        found = ["no whole push in it"] * (self.version is None) + [f"its {tag} asleep" for tag in sorted(self.asleep)]
+        if found:
+            raise RuntimeError(f"found the engine with {', '.join(found)}; needed both before it generates")
 
     @traced
-    def rollout(self, prompts: list, group_size: int, max_tokens: int, seeds: list[int]) -> dict:
+    def rollout(self, prompts: list, group_size: int, max_tokens: int, seeds: list[int]) -> list[list[dict]]:
         """Sample group_size completions of each prompt at temperature 1, reproducibly by one seed per prompt.
 
-        Returns {"version", "groups": for each prompt [{"prompt", "tokens", "text", "logprobs"}]}; logprobs are the
-        sampler's, in nats, one per token.
+        Returns for each prompt [{"prompt", "tokens", "text", "logprobs"}]; logprobs are the sampler's, in nats, one per
+        token. Raises RuntimeError, as `generate` does, while there are no whole weights to sample from.
         """
         from vllm import SamplingParams
 
+        self._require_whole_weights()
         common = {"n": group_size, "temperature": 1.0, "max_tokens": max_tokens, "logprobs": 0}
         params = [SamplingParams(**common, seed=seed) for seed in seeds]
         inputs = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
@@ -407,13 +457,14 @@ class MyLLM:
                 logprobs = [row[t].logprob for t, row in zip(tokens, done.logprobs, strict=True)]
                 sample = {"prompt": list(out.prompt_token_ids), "tokens": tokens, "text": done.text}
                 groups[-1].append(sample | {"logprobs": logprobs})
-        return {"version": self.version, "groups": groups}
+        return groups
 
     @traced
     def generate(self, prompts: list, max_tokens: int) -> list[dict]:
         """Greedy completions, with the log-probabilities (nats) of prompt and completion tokens."""
         from vllm import SamplingParams
 
+        self._require_whole_weights()
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, min_tokens=max_tokens, logprobs=0, prompt_logprobs=0
         )
@@ -427,7 +478,7 @@ class MyLLM:
         return results
 
     def trace(self) -> list[tuple]:
-        return self.__dict__.get("spans", [])
+        return list(self.__dict__.get("spans", []))
 
     def shutdown(self) -> None:
         """End the workers and give their shared memory back."""
@@ -511,13 +562,17 @@ class Colocation:
     training_actor, engine_actor = RayTrainingActor, MyLLM
     worker_extension = "rlhf_utils.ColocateWorkerExtension"
 
-    def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str):
+    def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str, log: Log | None = None):
         self.config, self.rehearsal, self.model, self.load_format = config, rehearsal, model, load_format
         self.group = None
         self.trainers: list = []
         self.engines: list = []
         self.engine_gpus: list[list[str]] = []  # set once the engines are up
         self.state = "ready"  # of the engines, see TRANSITIONS
+        self.log, self.watch, self.limits = log or Log(), Watch(), stage_timeouts(config)
+        self.base_port = free_port()
+        self.stage_now: tuple[str, float] | None = None  # its name, and when it began
+        self.saved = model if config.resume else None  # the last checkpoint of this run
         self.model_config = json.loads((model / "config.json").read_text())
         self.has_tokenizer = any((model / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
@@ -536,6 +591,7 @@ class Colocation:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # those of actors that are given up are nobody's business
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
         if self.rehearsal:  # trainers and engines take turns, and share few cores
@@ -576,81 +632,146 @@ class Colocation:
         """Ask for everything at once: the actors' imports run in parallel."""
         import ray
         from ray.util.placement_group import placement_group
+
+        config = self.config
+        self.group = placement_group([{"GPU": 1}] * config.num_gpus, strategy="PACK")
+        if not self.group.wait(self.deadline()[1]):
+            found = f"{config.num_gpus} GPUs did not come free within {self.deadline()[1]:g} s"
+            have, free = (
+                {k: v for k, v in r().items() if k in ("CPU", "GPU")}
+                for r in (ray.cluster_resources, ray.available_resources)
+            )
+            raise Stop(f"placement group: {found}; the cluster has {have}, of which free are {free}", MISSING)
+        self.engines = [self.new_engine(e) for e in range(config.num_engines)]
+        self.trainers = [self.new_trainer(i, self.model, self.load_format) for i in range(config.num_gpus)]
+
+    def on_bundle(self, index: int, capture: bool = False):
+        """Where an actor goes; capture: the actors that it starts go into the placement group, too."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        config, tp = self.config, self.config.tensor_parallel_size
-        self.group = placement_group([{"GPU": 1}] * config.num_gpus, strategy="PACK")
-        if not self.group.wait(config.timeout):
-            raise Stop(f"placement group: no {config.num_gpus} GPUs came free within {config.timeout:g} s", MISSING)
-        device = "cpu" if self.rehearsal else "cuda:0"  # Ray shows a trainer its own GPU only
-        trainer_env = {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self.group,
+            placement_group_bundle_index=index,
+            placement_group_capture_child_tasks=capture,
+        )
 
-        def on_bundle(index: int, capture: bool = False) -> PlacementGroupSchedulingStrategy:
-            return PlacementGroupSchedulingStrategy(
-                placement_group=self.group,
-                placement_group_bundle_index=index,
-                placement_group_capture_child_tasks=capture,
-            )
+    def new_engine(self, e: int):
+        import ray
 
-        base_port = free_port()
-        self.engines = [
-            ray.remote(self.engine_actor)
-            .options(num_cpus=0, num_gpus=0, scheduling_strategy=on_bundle(e * tp, capture=True))
-            .remote(list(range(e * tp, (e + 1) * tp)), config.engine_gpu_share, base_port + 200 * e)
-            for e in range(config.num_engines)
-        ]
-        self.trainers = [
-            ray.remote(self.training_actor)
-            .options(
-                num_cpus=0,
-                num_gpus=config.trainer_gpu_share,
-                scheduling_strategy=on_bundle(i),
-                runtime_env={"env_vars": trainer_env},
-            )
-            .remote(str(self.model), self.load_format, config.dtype, config.seed, device)
-            for i in range(config.num_gpus)
-        ]
+        tp = self.config.tensor_parallel_size
+        options = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": self.on_bundle(e * tp, capture=True)}
+        actor, port = ray.remote(self.engine_actor).options(**options), self.base_port + 200 * e
+        return actor.remote(list(range(e * tp, (e + 1) * tp)), self.config.engine_gpu_share, port)
+
+    def new_trainer(self, i: int, model: Path, load_format: str):
+        import ray
+
+        config, device = self.config, "cpu" if self.rehearsal else "cuda:0"  # Ray shows a trainer its own GPU only
+        env = {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
+        options = {"num_cpus": 0, "num_gpus": config.trainer_gpu_share, "scheduling_strategy": self.on_bundle(i)}
+        actor = ray.remote(self.training_actor).options(**options, runtime_env={"env_vars": env})
+        return actor.remote(str(model), load_format, config.dtype, config.seed, device)
 
     def start_engines(self, trainers: list[dict]) -> list[dict]:
         """Build the engines and match them with the trainers' reports. Returns the placement's rows.
 
         Only once the trainers have settled: vLLM measures free memory, and must not see another process allocate.
         """
-        config = self.config
-        limit = {"kv_cache_memory_bytes": rehearsal_kv_bytes(config, self.model_config)} if self.rehearsal else {}
-        refs = [
-            e.start.remote(
-                (self.model_config.get("architectures") or [""])[0],
-                model=str(self.model),
-                skip_tokenizer_init=not self.has_tokenizer,
-                load_format=self.load_format,
-                dtype=config.dtype,
-                tensor_parallel_size=config.tensor_parallel_size,
-                distributed_executor_backend="ray",
-                worker_extension_cls=self.worker_extension,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                max_model_len=config.max_model_len,
-                max_num_seqs=MAX_NUM_SEQS,
-                enforce_eager=config.enforce_eager,
-                enable_prefix_caching=True,
-                enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.rehearsal,
-                seed=config.seed,
-                **limit,
-            )
-            for e in self.engines
-        ]
-        engines = get(refs, "engines", config.timeout)
-        rows = match_placement(trainers, engines)
-        self.engine_gpus = [[w["gpu"] for w in workers] for workers in engines]
+        self.watch.add(
+            [(("training actor", i), f"training actor {i}", t["pid"], t["gpu"]) for i, t in enumerate(trainers)]
+        )
+        workers = self.build_engines(self.engines)
+        rows = match_placement(trainers, workers)
+        self.engine_gpus = [[w["gpu"] for w in ranks] for ranks in workers]
         return rows
 
+    def build_engines(self, engines: list) -> list[list[dict]]:
+        """Let these engines load their models; returns their workers' reports."""
+        config = self.config
+        limit = {"kv_cache_memory_bytes": rehearsal_kv_bytes(config, self.model_config)} if self.rehearsal else {}
+        arguments = dict(
+            model=str(self.model),
+            skip_tokenizer_init=not self.has_tokenizer,
+            load_format=self.load_format,
+            dtype=config.dtype,
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="ray",
+            worker_extension_cls=self.worker_extension,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_model_len=config.max_model_len,
+            max_num_seqs=MAX_NUM_SEQS,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=True,
+            enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.rehearsal,
+            seed=config.seed,
+            **limit,
+        )
+        architecture = (self.model_config.get("architectures") or [""])[0]
+        refs = [e.start.remote(architecture, **arguments) for e in engines]
+        reports = wait_for(self, refs, [self.part(e) for e in engines], "start")
+        for engine, workers in zip(engines, reports, strict=True):
+            part = self.part(engine)
+            ranks = [(part, f"{part_name(part)} rank {w['tp_rank']}", w["pid"], w["gpu"]) for w in workers]
+            self.watch.add([(part, part_name(part), workers[0]["engine_pid"], ""), *ranks])
+        return reports
+
+    def rebuild_trainers(self, folder: Path) -> None:
+        """Replace all training actors, on the same bundles, by ones with the state in a checkpoint's folder."""
+        bury(self, {p for p in self.parts() if p[0] == "training actor"})
+        self.trainers = [self.new_trainer(i, folder, "auto") for i in range(self.config.num_gpus)]
+        reports = self.on_trainers("report_device_id")
+        self.watch.add(
+            [(("training actor", i), f"training actor {i}", t["pid"], t["gpu"]) for i, t in enumerate(reports)]
+        )
+        self.build_learners(folder)
+
+    def rebuild_engines(self, indices: list[int]) -> None:
+        """Replace these engines, which are gone, on the same bundles. Raises Stop if the new ones land elsewhere."""
+        self.base_port = free_port()
+        for e in indices:
+            self.engines[e] = self.new_engine(e)
+        for e, workers in zip(indices, self.build_engines([self.engines[e] for e in indices]), strict=True):
+            if (found := [w["gpu"] for w in workers]) != self.engine_gpus[e]:
+                raise Stop(f"placement: engine {e} came back on {found}, needed {self.engine_gpus[e]}")
+
+    def parts(self) -> dict:
+        """{("training actor", i) or ("engine", e): the Ray actor}."""
+        kinds = (("training actor", self.trainers), ("engine", self.engines))
+        return {(kind, i): actor for kind, actors in kinds for i, actor in enumerate(actors)}
+
+    def part(self, actor) -> tuple[str, int]:
+        return next(part for part, other in self.parts().items() if other is actor)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, seconds: dict | None = None):
+        """Time a stage (see `Log.stage`), and let all waits within it end by its deadline."""
+        before, self.stage_now = self.stage_now, (name.split()[0], time.monotonic())
+        try:
+            with self.log.stage(name, seconds):
+                yield
+        finally:
+            self.stage_now = before
+
+    def deadline(self) -> tuple[float, float, str]:
+        """(the present stage's end on the monotonic clock, seconds that it may take, its name)."""
+        name, began = self.stage_now or ("", time.monotonic())
+        seconds = self.limits.get(name, self.config.timeout)
+        return began + seconds, seconds, name
+
+    def ask(self, actors: list, method: str, *args, each: list[tuple] | None = None) -> list:
+        """Call a method of these actors, all at once; results in order. each: arguments that differ between them.
+
+        Raises Lost if one has died or the stage's deadline has passed, Stop with the actor's own error.
+        """
+        refs = [getattr(a, method).remote(*own) for a, own in zip(actors, each or [args] * len(actors), strict=True)]
+        what = args[0] if method == "collective_rpc" else method
+        return wait_for(self, refs, [self.part(a) for a in actors], what)
+
     def on_trainers(self, method: str, *args) -> list:
-        refs = [getattr(t, method).remote(*args) for t in self.trainers]
-        return get(refs, f"training actors ({method})", self.config.timeout)
+        return self.ask(self.trainers, method, *args)
 
     def on_engines(self, method: str, *args) -> list:
-        refs = [getattr(e, method).remote(*args) for e in self.engines]
-        return get(refs, f"engines ({method})", self.config.timeout)
+        return self.ask(self.engines, method, *args)
 
     def on_workers(self, method: str, messages: dict, *args) -> list:
         """Call a worker extension's method with all trainers' messages. Results: all workers, flat."""
@@ -682,18 +803,17 @@ class Colocation:
             raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(wrong)}")
         return digests[0]
 
-    def build_learners(self) -> int:
-        """Make the trainers' optimizers, and their process group. Returns the steps done before (--resume)."""
+    def build_learners(self, resume: Path | None = None) -> int:
+        """Make the trainers' optimizers, and their process group. Returns the steps done before.
+
+        resume: the folder of the checkpoint to go on from.
+        """
         config, world = self.config, len(self.trainers)
         options = {"clip_range": config.clip_range, "kl_coef": config.kl_coef}
         options |= {"micro_batch_size": config.micro_batch_size, "offload": config.offload_optimizer}
-        resume = str(self.model) if config.resume else None
-        address = get(self.trainers[0].free_address.remote(), "training actor", config.timeout)
-        refs = [
-            t.build_learner.remote(rank, world, address, resume, config.learning_rate, options)
-            for rank, t in enumerate(self.trainers)
-        ]
-        return get(refs, "training actors (build_learner)", config.timeout)[0]
+        (address,) = self.ask(self.trainers[:1], "free_address")
+        rest = (world, address, resume and str(resume), config.learning_rate, options)
+        return self.ask(self.trainers, "build_learner", each=[(rank, *rest) for rank in range(world)])[0]
 
     def generate(self, prompts: list) -> list[list[dict]]:
         """Greedy completions of all prompts by each engine (see `MyLLM.generate`)."""
@@ -701,19 +821,20 @@ class Colocation:
             return self.on_engines("generate", prompts, self.config.max_tokens)
 
     def rollout(self, prompts: list, seed: int, version: int) -> list[dict]:
-        """Samples of all prompts, group after group, by all engines in parallel. Raises Stop on another version."""
+        """Samples of all prompts, group after group, by all engines in parallel.
+
+        Raises Stop, before any of them starts, unless all hold that version of the weights.
+        """
         n, config = len(self.engines), self.config
         seeds = [seed + 1000 * i for i in range(len(prompts))]  # vLLM counts up from it within a group
+        if wrong := [f"engine {e}: {v}" for e, v in enumerate(self.on_engines("weights_version")) if v != version]:
+            raise Stop(
+                f"found weights of version {', '.join(wrong)} (None: no whole push), needed {version} for a rollout"
+            )
+        each = [(prompts[i::n], config.group_size, config.max_tokens, seeds[i::n]) for i in range(n)]
         with self.transition("generate"):
-            refs = [
-                e.rollout.remote(prompts[i::n], config.group_size, config.max_tokens, seeds[i::n])
-                for i, e in enumerate(self.engines)
-            ]
-            parts = get(refs, "engines (rollout)", config.timeout)
-        for e, part in enumerate(parts):
-            if part["version"] != version:
-                raise Stop(f"engine {e} sampled with weights of version {part['version']}, needed {version}")
-        return flatten([parts[i % n]["groups"][i // n] for i in range(len(prompts))])
+            groups = self.ask(self.engines, "rollout", each=each)
+        return flatten([groups[i % n][i // n] for i in range(len(prompts))])
 
     def sleep(self) -> None:
         """All engines give up their memory (--sleep-level; the order of things is the same where that is 0)."""
@@ -724,15 +845,24 @@ class Colocation:
     def wake_up(self, tag: str) -> None:
         """ "weights", then push, then "kv_cache"."""
         with self.transition(f"wake {tag}"):
-            if self.config.sleep_level:
+            if not self.config.sleep_level:
+                return
+            try:
                 self.on_engines("wake_up", tag)
+            except Stop as stop:
+                if "out of memory" not in str(stop):
+                    raise
+                fix = "type a lower --gpu-memory-utilization, or --offload-optimizer"
+                raise Stop(
+                    f"{stop}: out of GPU memory at wake-up: found too little free; needed what it slept with; {fix}"
+                ) from None
 
     def learn(self, samples: list[dict], version: int) -> dict[str, float]:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
         n, total_tokens = len(self.trainers), sum(len(s["tokens"]) for s in samples)
         with self.transition("learn"):
-            refs = [t.learn.remote(samples[i::n], total_tokens, version) for i, t in enumerate(self.trainers)]
-            return get(refs, "training actors (learn)", self.config.timeout)[0]
+            each = [(samples[i::n], total_tokens, version) for i in range(n)]
+            return self.ask(self.trainers, "learn", each=each)[0]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an older one there is replaced once the new one is complete."""
@@ -740,7 +870,7 @@ class Colocation:
         new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
         new.mkdir()
         try:
-            get(self.trainers[0].save.remote(str(new)), "training actor (save)", self.config.timeout)
+            self.ask(self.trainers[:1], "save", str(new))
             for name in (
                 "tokenizer*",
                 "vocab*",
@@ -755,6 +885,7 @@ class Colocation:
                 if folder.exists():
                     folder.rename(old)
                 new.rename(folder)
+            self.saved = folder
         finally:
             shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -767,12 +898,14 @@ class Colocation:
     def connect(self) -> dict:
         """Let every worker map its trainer's weights and record the copies; again after either was replaced.
 
-        Returns {"wall_ms", "workers"}. Loads the weights once on the way.
+        Returns {"wall_ms", "workers"}. It loads the weights on the way, so it is a whole push as well.
         """
         start = time.perf_counter()
         with self.transition("connect"):
             workers = self.on_workers("connect_weights", self.handles())
-            self.on_engines("finish_push", None)  # it loaded weights, of no version: push before the next rollout
+            if len(found := {w["version"] for w in workers}) > 1:
+                raise Stop(f"found training actors at different versions: {sorted(found)}; needed one")
+            self.finish_push(*found)
         return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
 
     def push(self, version: int) -> dict:
@@ -793,9 +926,7 @@ class Colocation:
             if stale := [w["version"] for w in loaded if w["version"] != version]:
                 found = f"an engine found weights of version {stale[0]}, needed {version}"
                 raise Stop(f"{found}: the trainer changed them meanwhile")
-            # Cached keys and values came from the old weights.
-            if not all(self.on_engines("finish_push", version)):
-                raise Stop("an engine did not reset its prefix cache: requests are still running")
+            self.finish_push(version)
             reset_ms = 1e3 * (time.perf_counter() - pushed)
         return {
             "version": version,
@@ -806,10 +937,24 @@ class Colocation:
             "workers": loaded,
         }
 
+    def finish_push(self, version: int) -> None:
+        """Let the engines take a push for whole. Cached keys and values came from the old weights."""
+        if not all(self.on_engines("finish_push", version)):
+            raise Stop("an engine did not reset its prefix cache: requests are still running")
+
     def verify_elements(self, digests: dict[str, str]) -> dict:
         """Compare every weight that arrived, and every parameter element. {"transport": {...}, "placement": {...}}."""
         results = self.on_workers("verify_weights", self.handles(), digests)
+        self.watch.note_files()  # by now all have mapped what they share
         return {kind: check_workers(results, kind) for kind in ("transport", "placement")}
+
+    def require_elements(self, digests: dict[str, str], when: str) -> int:
+        """How many parameter elements `verify_elements` found right. Raises Stop if there is a wrong one."""
+        checks = self.verify_elements(digests)
+        for name, check in checks.items():
+            if not check["ok"]:
+                raise Stop(f"{name}: {when}: {summary(check['wrong'])}")
+        return checks["placement"]["checked"]
 
     def verify(self, digests: dict[str, str], prompts: list, before: list) -> tuple[dict, list]:
         """All checks of a push. Returns {check: {"ok", "checked", "wrong", ...}} and the engines' new outputs.
@@ -821,8 +966,7 @@ class Colocation:
         after = self.generate(prompts)
         sequences = [[o["prompt"] + o["tokens"] for o in outputs] for outputs in after]
         scorers = self.trainers[:: self.config.tensor_parallel_size]  # one trainer beside each engine
-        refs = [t.token_logprobs.remote(s) for t, s in zip(scorers, sequences, strict=True)]
-        trainer = get(refs, "training actors (token_logprobs)", self.config.timeout)
+        trainer = self.ask(scorers, "token_logprobs", each=[(s,) for s in sequences])
         checks = {
             **elements,
             "changed": check_changed(changed),
@@ -839,9 +983,13 @@ class Colocation:
         if not ray.is_initialized():
             return
         processes = psutil.Process().children(recursive=True)
-        files = {f for p in processes for f in shared_memory_files(p.pid)}
-        if self.engine_gpus:  # they are up, and can still answer
-            ray.wait([e.shutdown.remote() for e in self.engines], num_returns=len(self.engines), timeout=10)
+        files = {f for p in processes for f in shared_memory_files(p.pid)}.union(*self.watch.files.values())
+        broken = {m.part for m in self.watch.members if m.state()}
+        asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
+        ray.wait(asked, num_returns=len(asked), timeout=10) if asked else None
+        for member in self.watch.of(broken):  # a stopped process hears no signal but this
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.process.kill()
         for actor in [*self.engines, *self.trainers]:
             ray.kill(actor)
         if self.group:
@@ -873,7 +1021,7 @@ class SabotagedColocation(Colocation):
 
     def perturb(self, version: int) -> dict[str, str]:
         if self.config.inject == "drift-replica":
-            get(self.trainers[-1].perturb.remote(version + 1), "training actor", self.config.timeout)
+            self.ask(self.trainers[-1:], "perturb", version + 1)
         return super().perturb(version)
 
     def push(self, version: int) -> dict:
@@ -883,42 +1031,6 @@ class SabotagedColocation(Colocation):
         if self.config.inject in ("flip-element", "wrong-tp-slice"):
             self.on_workers("corrupt_weights", self.handles(), self.config.inject)
         return push
-
-
-def shared_memory_files(pid: int) -> set[str]:
-    """Paths in /dev/shm that a process has mapped: queues of vLLM, buffers of NCCL."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
-
-
-def get(refs, what: str, timeout: float):
-    """ray.get with a deadline, and the actor's own error in place of Ray's traceback."""
-    import ray
-
-    try:
-        return ray.get(refs, timeout=timeout)
-    except ray.exceptions.GetTimeoutError:
-        raise Stop(f"{what}: no answer within {timeout:g} s; to wait longer, type a larger --timeout") from None
-    except ray.exceptions.RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
-            cause = cause.cause
-        text = str(cause).strip()
-        if inner := re.search(r"Worker failed with error '(.*)', please check the stack trace", text, re.DOTALL):
-            text = inner[1]  # vLLM's wrapping of an error in a worker
-        text = f"{type(cause).__name__}: {text}"
-        if "Traceback" in text:  # of another process: keep what its exception says
-            lines = text.splitlines()
-            first = max(i for i, line in enumerate(lines) if i == 0 or re.match(r"[\w.]+(Error|Exception)\b", line))
-            text = "\n".join(lines[first:])
-        raise Stop(f"{what}: {' '.join(text.split())}") from None
-    except ray.exceptions.RayActorError as error:
-        raise Stop(f"{what}: a process died: {' '.join(str(error).split())}") from None
-    except ray.exceptions.RayError as error:
-        raise Stop(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def flatten(nested: list[list]) -> list:
@@ -1008,39 +1120,39 @@ def blame(check: str):
 def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     """Place, prove, learn. Fills the report as it goes; raises Stop on the first thing that makes that pointless."""
     n, engines, tp = config.num_gpus, config.num_engines, config.tensor_parallel_size
-    with log.stage("start"):
+    with colocation.stage("start"):
         colocation.start_ray()
         colocation.start_actors()
         log("place", f"{n} bundles with {n} training actors and {engines} x TP={tp} engines: starting, a minute or so")
         trainers = colocation.on_trainers("report_device_id")
-        done = colocation.build_learners() if config.steps else 0
+        done = colocation.build_learners(colocation.saved) if config.steps else 0
         log("train", f"{n} training actors hold their weights; building the engines")
         report["placement"] = rows = colocation.start_engines(trainers)
     log("place", "verified by GPU UUID, both ways:")
     print_table(["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"], [list(r.values()) for r in rows])
 
     if config.push == "recorded":
-        with log.stage("connect"), blame("push"):
+        with colocation.stage("connect"), blame("push"):
             report["connect"] = connect = colocation.connect()
         log("push", describe_connect(connect))
 
     prompts = PROMPTS if colocation.has_tokenizer else token_prompts(config, colocation.model_config)
-    with log.stage("rollout"):
+    with colocation.stage("rollout"):
         before = colocation.generate(prompts)
         colocation.on_engines("collective_rpc", "record_weights")
     log("rollout", f"{len(prompts)} prompts per engine with the old weights")
 
-    with log.stage("perturb"):
+    with colocation.stage("perturb"):
         digests = colocation.perturb(version=1)
     report["verify"] = {"replicas": {"ok": True, "checked": n * len(digests), "wrong": []}}
     log("train", f"version 1: {len(digests)} weights changed by noise, {n} replicas bitwise identical")
 
-    with log.stage("push"), blame("push"):
+    with colocation.stage("push"), blame("push"):
         push = colocation.push(version=1)
     report["pushes"].append(push)
     log("push", f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers in {push['wall_ms']:.1f} ms")
 
-    with log.stage("verify"):
+    with colocation.stage("verify"):
         verify, after = colocation.verify(digests, prompts, before)
     report["verify"] |= verify
     report["first_verified_push_s"] = round(log.elapsed(), 3)
@@ -1073,55 +1185,72 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
 
     Raises Stop when the trainers' log-probabilities of what was sampled are far from the sampler's, and when an element
     of the engines' weights is wrong after the first step (its push is the first after a sleep) or after the last.
+    A loss of actors ends in the same state as the step's end (see rlhf_faults.recover): a step that the trainers had
+    done goes on from there, one that they had not is done again.
     """
     import rlhf_grpo
 
     last, version, seconds = done + config.steps, 2, {}
-    report["steps"] = rows = []
+    report["steps"], report["losses"] = rows, losses = [], []
 
     @contextlib.contextmanager
     def phase(name: str):
         log.progress(len(rows), config.steps, name)
-        with log.stage(name, seconds):
+        with colocation.stage(name, seconds):
             yield
+
+    def save_if_due(step: int) -> None:
+        if config.checkpoint and (step == last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
+            with phase("checkpoint"):
+                colocation.save(Path(config.checkpoint))
 
     colocation.on_trainers("restore", version)  # take the proof's noise back
     colocation.push(version)
-    for step in range(done + 1, last + 1):
+    step = done + 1
+    while step <= last:
         seconds.clear()
+        memory: list[float] = []
         prompts = step_prompts(config, colocation, step)
-        with phase("rollout"):
-            samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
-        memory = [colocation.gpu_used_gib()]
-        with phase("sleep"):
-            colocation.sleep()
-        memory.append(colocation.gpu_used_gib())
-        with phase("reward"):
-            for i, sample in enumerate(samples):
-                sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
-            rewards = [s["reward"] for s in samples]
-            for sample, advantage in zip(samples, rlhf_grpo.advantages(rewards, config.group_size), strict=True):
-                sample["advantage"] = advantage
-        with phase("train"):
-            version += 1
-            metrics = colocation.learn(samples, version)
-            digests = colocation.check_replicas()
-        if metrics["logprob_gap"] > config.logprob_tolerance:
+        try:
+            with phase("rollout"):
+                samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
+            memory.append(colocation.gpu_used_gib())
+            with phase("sleep"):
+                colocation.sleep()
+            memory.append(colocation.gpu_used_gib())
+            with phase("reward"):
+                for i, sample in enumerate(samples):
+                    sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
+                    sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
+                rewards = [s["reward"] for s in samples]
+                for sample, advantage in zip(samples, rlhf_grpo.advantages(rewards, config.group_size), strict=True):
+                    sample["advantage"] = advantage
+            with phase("train"):
+                version += 1
+                metrics = colocation.learn(samples, version)
+                digests = colocation.check_replicas()
+            with phase("wake"):
+                colocation.wake_up("weights")
+            with phase("push"):
+                push = colocation.push(version)
+            with phase("wake KV"):
+                colocation.wake_up("kv_cache")
+            if step in (done + 1, last):
+                with colocation.stage("verify"):
+                    elements = colocation.require_elements(digests, f"step {step}")
+                log("verify", f"step {step}: {elements} parameter elements equal the trainers' bit for bit")
+            save_if_due(step)
+        except Lost as lost:
+            with phase("recover"):
+                version, push, digests, steps, metrics = recover(colocation, lost, version, losses, log)
+            if steps != step:  # not trained yet, or the trainers went back to a checkpoint: go on from where they are
+                rows[:] = [row for row in rows if row["step"] <= steps]
+                step = steps + 1
+                continue
+            save_if_due(step)
+        if not metrics["logprob_gap"] <= config.logprob_tolerance:
             gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
             raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
-        with phase("wake"):
-            colocation.wake_up("weights")
-        with phase("push"):
-            push = colocation.push(version)
-        with phase("wake KV"):
-            colocation.wake_up("kv_cache")
-        if step in (done + 1, last):
-            with log.stage("verify"):
-                for name, check in colocation.verify_elements(digests).items():
-                    if not check["ok"]:
-                        raise Stop(f"{name}: step {step}: {summary(check['wrong'])}")
-            log("verify", f"step {step}: {check['checked']} parameter elements equal the trainers' bit for bit")
 
         tokens, best = sum(len(s["tokens"]) for s in samples), max(samples, key=lambda s: s["reward"])
         row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
@@ -1132,9 +1261,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
         if config.metrics:
             with open(config.metrics, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        if config.checkpoint and (step == last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
-            with phase("checkpoint"):
-                colocation.save(Path(config.checkpoint))
+        step += 1
 
 
 def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
@@ -1170,7 +1297,7 @@ def main(argv: list[str] | None = None) -> int:
     code, verdict, colocation = PASS, "PASS", None
     try:
         kind = SabotagedColocation if config.inject else Colocation
-        colocation = kind(config, *preflight(config, log, report, scratch))
+        colocation = kind(config, *preflight(config, log, report, scratch), log)
         run(config, log, report, colocation)
         if config.plot and config.steps:
             plot_steps(report["steps"], config.plot)
@@ -1187,6 +1314,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.verbose:
             traceback.print_exc()
     finally:
+        if code == FAIL:  # now, since ending everything may take a while
+            log("fail", verdict)
         try:
             if colocation:
                 with log.stage("teardown"):

@@ -132,7 +132,8 @@ class Learner:
         micro_batch_size: int,
         offload: bool,
     ):
-        self.model, self.offload, self.steps = model, offload, 0
+        self.model, self.offload = model, offload
+        self.steps, self.metrics = 0, {}  # of the last step: what it returned
         self.clip_range, self.kl_coef, self.micro_batch_size = clip_range, kl_coef, micro_batch_size
         self.parameters = list(model.parameters())  # tied weights come once
         self.device = self.parameters[0].device
@@ -176,13 +177,14 @@ class Learner:
             self.optimizer.step()
             self.restore()
             self.steps += 1
+            means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
+            self.metrics = means | {"grad_norm": norm}
         self.optimizer.zero_grad(set_to_none=True)
         del gradient, part
         self._move("cpu" if self.offload else self.device)
         if not math.isfinite(norm):
             raise ValueError(f"found a gradient norm of {norm}, needed a finite one: the weights are unchanged")
-        means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
-        return means | {"grad_norm": norm}
+        return self.metrics
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -192,7 +194,8 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside the model's checkpoint."""
-        state = {"steps": self.steps, "masters": self.masters, "optimizer": self.optimizer.state_dict()}
+        state = {"steps": self.steps, "metrics": self.metrics, "masters": self.masters}
+        state["optimizer"] = self.optimizer.state_dict()
         if self.reference:
             state["reference"] = self.reference.state_dict()
         torch.save(state, folder / STATE_FILE)
@@ -209,7 +212,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if learning_rate is not None:
             self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.steps = state["steps"]
+        self.steps, self.metrics = state["steps"], state.get("metrics", {})
         if self.reference:
             self.reference.load_state_dict(state["reference"])
         self.restore()

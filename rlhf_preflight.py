@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from rlhf_report import Log
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
+STAGES = (
+    *("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint"),
+    "recover",
+)  # that wait for actors
 LONGEST_PROMPT = 48  # tokens, of those that the script brings along
 DEFAULT_MODEL = "facebook/opt-125m"
 # transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture.
@@ -66,6 +70,10 @@ def check_layout(config: Config) -> None:
         "type --gpu-memory-utilization 0.4",
         USAGE,
     )
+    stage_timeouts(config)
+    require(config.timeout > 0, f"--timeout {config.timeout:g}", "seconds, more than 0", "leave out --timeout", USAGE)
+    found, fix = f"--max-restarts {config.max_restarts}", "type --max-restarts 0"
+    require(config.max_restarts >= 0, found, "0 or more", fix, USAGE)
     if config.inject == "wrong-tp-slice":
         require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2", USAGE)
     if config.inject == "drift-replica":
@@ -76,6 +84,21 @@ def check_layout(config: Config) -> None:
         require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}", USAGE)
         taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
         require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}", USAGE)
+
+
+def stage_timeouts(config: Config) -> dict[str, float]:
+    """{stage: seconds} of --stage-timeout. Raises Stop(USAGE) for what is not of the form push=5,rollout=60."""
+    limits = {}
+    for part in filter(None, (config.stage_timeout or "").split(",")):
+        stage, _, seconds = part.partition("=")
+        needed = f"STAGE=SECONDS[,...] with a stage of {', '.join(STAGES)}"
+        try:
+            limits[stage.strip()] = float(seconds)
+        except ValueError:
+            limits[stage.strip()] = 0.0
+        ok = stage.strip() in STAGES and limits[stage.strip()] > 0
+        require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60", USAGE)
+    return limits
 
 
 def check_loop(config: Config) -> None:
@@ -215,14 +238,20 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_byt
         require(
             rehearsal or not expandable, f"expandable_segments:True in {name}", needed, f"type unset {name}", MISSING
         )
+    check_shared_memory(config, MISSING)
+    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
+    return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}
+
+
+def check_shared_memory(config: Config, code: int) -> None:
+    """Raise Stop(code) if /dev/shm is too full. vLLM's queues there are sparse files: who writes into one that cannot
+    grow dies of SIGBUS, and vLLM 0.32 asks for the full size of each, up to 240 MiB, to be free."""
     shm = os.statvfs("/dev/shm")
     free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * config.num_engines
     found, needed = f"{free_mib:.0f} MiB free in /dev/shm", f"{need_mib} for Ray and vLLM's queues"
     fix = "type mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
-    require(free_mib >= need_mib, found, needed, fix, MISSING)
-    memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
-    return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}
+    require(free_mib >= need_mib, found, needed, fix, code)
 
 
 def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, str, str]:

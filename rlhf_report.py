@@ -99,8 +99,9 @@ def brief(completion: str | list[int]) -> str:
 def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
     numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "grad_norm", "kl", "ratio") if k in row)
-    times = " ".join(f"{k} {row['seconds'][k]:.2f}" for k in ("rollout", "sleep", "train"))
-    wake = row["seconds"]["wake"] + row["seconds"]["wake KV"]
+    seconds = row["seconds"]
+    times = " ".join(f"{k} {seconds[k]:.2f}" for k in ("rollout", "sleep", "train"))
+    wake = seconds.get("wake", 0) + seconds.get("wake KV", 0)
     memory = " → ".join(f"{gib:.1f}" for gib in row["gpu_used_gib"] if gib)
     return (
         f"{row['step']:3}/{last} {numbers} gap {row['logprob_gap']:.4f} | {times} wake {wake:.2f} s, push "

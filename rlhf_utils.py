@@ -14,6 +14,7 @@ Copy this file into your trainer as it is: it imports torch, and vLLM and Ray in
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -36,6 +37,11 @@ DTYPES = {
         *(torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
+
+
+# Methods of `ColocateWorkerExtension` that write weights. From the call of one until it has succeeded on all ranks, an
+# engine's weights are neither the old nor the new ones.
+WRITES = ("update_weights_from_ipc_handles", "connect_weights", "push_weights")
 
 
 class HandleError(ValueError):
@@ -613,17 +619,59 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Engine side: the call of a worker's method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def call_workers(llm, method: str, *args) -> list:
+    """Call a method of `ColocateWorkerExtension` on all workers of a `vllm.LLM`; their results in rank order.
+
+    Raises HandleError or RuntimeError with what the ranks' exceptions said, once all of them have replied.
+    """
+    replies = llm.collective_rpc(method, args=args)
+    failed = {rank: r for rank, r in enumerate(replies) if isinstance(r, dict) and "error" in r}
+    if failed:
+        ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
+        for rank, reply in failed.items():
+            ranks.setdefault(reply["error"], []).append(str(rank))
+        kind = HandleError if all(r["kind"] == "HandleError" for r in failed.values()) else RuntimeError
+        raise kind("; ".join(f"rank {' and '.join(who)}: {text}" for text, who in ranks.items()))
+    return replies
+
+
+def replied(method):
+    """Let a worker reply with its exception, for `call_workers` to raise.
+
+    Raised in the worker, it would reach the caller as well, but vLLM's collective_rpc then leaves the replies of the
+    ranks after it in their queues, and takes them for those to the next call:
+    https://github.com/vllm-project/vllm/blob/main/vllm/v1/executor/multiproc_executor.py
+    """
+
+    @functools.wraps(method)
+    def reply(self, *args):
+        try:
+            return method(self, *args)
+        except Exception as error:
+            kind = type(error).__name__
+            return {
+                "error": str(error) if kind in ("HandleError", "RuntimeError") else f"{kind}: {error}",
+                "kind": kind,
+            }
+
+    return reply
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Worker side: the extension. vLLM mixes it into the worker's class: `self` is the worker.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class ColocateWorkerExtension:
-    """Methods for `LLM.collective_rpc`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
+    """Methods for `call_workers`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
     `messages` is always {gpu_uuid: export_handles([*checkpoint_tensors(model), (VERSION, version)])} of all training
     actors: a worker takes its own GPU's, and checks the rest. Method names must differ from the worker's own (vLLM
-    refuses to start otherwise). After one of them has raised, replace the engine: with TP > 1 vLLM leaves the other
-    ranks' replies in its queue.
+    refuses to start otherwise). After one that writes (WRITES) has failed, do not generate before a push succeeded.
     """
 
     _plan: CopyPlan | None = None  # set while connected
@@ -637,6 +685,7 @@ class ColocateWorkerExtension:
             "bytes": sum(p.nbytes for p in self.get_model().parameters()),
         }
 
+    @replied
     def update_weights_from_ipc_handles(self, messages: dict) -> dict:
         """Load the weights behind the handles: the simple way, and the reference for `push_weights`.
 
@@ -660,11 +709,13 @@ class ColocateWorkerExtension:
             "load_ms": 1e3 * (time.perf_counter() - opened),
         }
 
+    @replied
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good and record how vLLM's loaders bring them in, once per trainer and engine.
 
-        Returns {"weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: how many copies a push replays, their
-        bytes, and the names of the weights that it must take through vLLM's loaders (processed after loading).
+        That loads them, too. Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: how
+        many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders
+        (processed after loading).
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
@@ -673,12 +724,14 @@ class ColocateWorkerExtension:
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_handles(message, self.device))
             opened = time.perf_counter()
-            version = weights.pop(VERSION)
-            plan = CopyPlan(self.get_model(), self.model_config, weights, version, layout)
-            if int(version) < 0:
+            word = weights.pop(VERSION)
+            version = int(word)
+            plan = CopyPlan(self.get_model(), self.model_config, weights, word, layout)
+            if version < 0 or int(word) != version:
                 raise HandleError("found the trainer in the middle of a step, needed it at rest: connect between steps")
             self._plan, self._mapping = plan, mapping.pop_all()
         return {
+            "version": version,
             "weights": len(plan.weights),
             "copies": len(plan.copies),
             "bytes": plan.nbytes,
@@ -687,6 +740,7 @@ class ColocateWorkerExtension:
             "record_ms": 1e3 * (time.perf_counter() - opened),
         }
 
+    @replied
     def push_weights(self, version: int) -> dict:
         """Replay the recorded copies. Returns {"version", "bytes", "copy_ms"}, bytes as written to parameters.
 
@@ -698,6 +752,7 @@ class ColocateWorkerExtension:
         self._plan.push(version)
         return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
 
+    @replied
     def disconnect_weights(self) -> None:
         """Forget the plan and unmap the trainer's weights. Harmless when there is no connection."""
         if self._plan is not None:
@@ -711,6 +766,7 @@ class ColocateWorkerExtension:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
+    @replied
     def verify_weights(self, messages: dict, digests: dict) -> dict:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
 
@@ -746,17 +802,20 @@ class ColocateWorkerExtension:
             wrong[r.parameter] += same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
         return checked, dict(+wrong)
 
+    @replied
     def record_weights(self) -> int:
         """Remember a digest of every parameter for `check_weights_changed`. Returns how many there are."""
         self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
         return len(self._recorded)
 
+    @replied
     def check_weights_changed(self) -> bool:
         """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
         if not hasattr(self, "_recorded"):
             raise RuntimeError("found no record of the old weights, needed record_weights() before the push")
         return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
 
+    @replied
     def corrupt_weights(self, messages: dict, fault: str) -> str:
         """Damage this worker's weights as a broken push would, on tensor-parallel rank 0. For the negative controls."""
         if self.rank != 0:

@@ -107,6 +107,8 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
 
 def soak(colocation: PeerColocation, pushes: int) -> dict:
     """Pushes in a row, each followed at once by the trainers' next write. Raises Stop if one tears."""
+    import ray  # not before start_ray, which sets what Ray reads when it is imported
+
     times, before = [], {}
     for i in range(pushes + 50):
         if i == 50:  # pools and caches have grown to their size
@@ -119,7 +121,7 @@ def soak(colocation: PeerColocation, pushes: int) -> dict:
         torn = rc.flatten(colocation.on_engines("collective_rpc", "torn", value))
         if any(torn):
             raise rc.Stop(f"push {i} of the soak: {max(torn)} slices of a worker hold other values than were pushed")
-        rc.get(next_write, "training actors (fill)", colocation.config.timeout)
+        ray.get(next_write, timeout=colocation.config.timeout)
     growth = {k: v - before[k] for k, v in colocation.held().items()}
     return {"soak_pushes": pushes, "soak_wall_ms_p50": statistics.median(times[50:]), "soak_growth": growth}
 

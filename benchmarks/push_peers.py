@@ -212,8 +212,7 @@ class PeerColocation(rc.Colocation):
     def prepare(self) -> None:
         self.bucket_count = self.on_trainers("bucket_count")[0]
         port = rc.free_port()
-        refs = [t.join.remote(i, len(self.trainers), port) for i, t in enumerate(self.trainers)]
-        rc.get(refs, "training actors (join)", self.config.timeout)
+        self.ask(self.trainers, "join", each=[(i, len(self.trainers), port) for i in range(len(self.trainers))])
 
     def push_by(self, method: str, step: int) -> dict:
         """Push; returns {"wall_ms", ...}, what `Colocation.push` returns for our own ways."""

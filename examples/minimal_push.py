@@ -21,7 +21,15 @@ if not torch.version.cuda:  # vLLM's CPU build: rlhf_utils then keeps its layers
 import transformers  # noqa: E402
 import vllm  # noqa: E402
 
-from rlhf_utils import VERSION, checkpoint_tensors, device_uuid, digest, export_handles, share_memory  # noqa: E402
+from rlhf_utils import (  # noqa: E402
+    VERSION,
+    call_workers,
+    checkpoint_tensors,
+    device_uuid,
+    digest,
+    export_handles,
+    share_memory,
+)
 
 
 def main(folder: str) -> None:
@@ -45,7 +53,7 @@ def main(folder: str) -> None:
     def handles() -> dict:
         return {device_uuid(device): export_handles([*checkpoint_tensors(model), (VERSION, version)])}
 
-    llm.collective_rpc("connect_weights", args=(handles(),))
+    call_workers(llm, "connect_weights", handles())
 
     sampling = vllm.SamplingParams(temperature=0, max_tokens=12)
     for step in range(1, 4):
@@ -59,13 +67,13 @@ def main(folder: str) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         # At each step: "go". When it returns, the trainer may change its weights again.
-        (worker,) = llm.collective_rpc("push_weights", args=(step,))
+        (worker,) = call_workers(llm, "push_weights", step)
         assert llm.reset_prefix_cache(), "requests are still running"
         print(f"pushed {worker['bytes'] / 1e6:.0f} MB in {worker['copy_ms']:.2f} ms")
 
     # Not at each step: is every element where it belongs?
     digests = {name: digest(tensor) for name, tensor in checkpoint_tensors(model)}
-    (worker,) = llm.collective_rpc("verify_weights", args=(handles(), digests))
+    (worker,) = call_workers(llm, "verify_weights", handles(), digests)
     wrong = [*worker["transport"]["wrong"], *worker["placement"]["wrong"]]
     print(f"{worker['placement']['checked']} elements compared, wrong: {', '.join(wrong) or 'none'}")
     sys.exit(bool(wrong))

@@ -1,0 +1,317 @@
+"""What a run does when a part of the layout is lost: how it notices, what it says, and how it goes on.
+
+`Watch`     the processes that hold each part, and what has become of them.
+`wait_for`  every wait of the script: a deadline, and a look at the processes each second.
+`Lost`      a training actor or an engine that has died, or did not answer in time.
+`recover`   rebuilds it on its bundles, connects it, and pushes everything again. Called by `rlhf_colocate.learn` only;
+            a run without --max-restarts has no use for it.
+
+An engine needs no state: a push brings it all there is. A trainer's state, which is the same in all replicas, comes
+from a survivor or from the last --checkpoint, and all trainers start again from it: their process group cannot lose a
+member, and so no path exists that a restart with --resume does not test as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_preflight import FAIL, Stop, check_shared_memory
+
+if TYPE_CHECKING:
+    import psutil
+
+    from rlhf_colocate import Colocation
+    from rlhf_report import Log
+
+Part = tuple[str, int]  # ("training actor", 2) or ("engine", 0)
+PING_S = 10.0  # for a healthy process that has nothing else to do
+
+
+def part_name(part: Part) -> str:
+    return f"{part[0]} {part[1]}"
+
+
+class Lost(Stop):
+    """Parts of the layout that have died, or did not answer in time; the run can go on without them."""
+
+    def __init__(self, parts: set[Part], message: str):
+        super().__init__(message)
+        self.parts = parts
+
+
+@dataclasses.dataclass
+class Member:
+    """A process of a part. process: None where it is not a descendant of the script's (a cluster at --ray-address)."""
+
+    part: Part
+    role: str
+    pid: int
+    gpu: str
+    process: psutil.Process | None
+
+    def __str__(self) -> str:
+        return f"{self.role} (pid {self.pid}{f' on {self.gpu}' if self.gpu else ''})"
+
+    def state(self) -> str:
+        """ "has ended", "is stopped" (by a signal or a debugger), or "": running, or of another host."""
+        import psutil
+
+        if self.process is None:
+            return ""
+        try:
+            status = self.process.status()
+        except psutil.NoSuchProcess:
+            return "has ended"
+        ended, stopped = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return "has ended" if status in ended else "is stopped" if status in stopped else ""
+
+
+class Watch:
+    """The processes behind the parts of a layout, by the pids that they reported."""
+
+    def __init__(self):
+        self.members: list[Member] = []
+        self.files: dict[Part, set[str]] = {}  # in /dev/shm: those who could name them may be gone when it matters
+
+    def add(self, found: list[tuple[Part, str, int, str]]) -> None:
+        """found: (part, role, pid, GPU or "")."""
+        import psutil
+
+        ours = {p.pid: p for p in psutil.Process().children(recursive=True)}
+        self.members += [Member(part, role, pid, gpu, ours.get(pid)) for part, role, pid, gpu in found]
+        self.note_files()
+
+    def note_files(self) -> None:
+        """Remember what the processes have in /dev/shm by now: vLLM's queues, and what torch keeps for CUDA IPC."""
+        for member in self.members:
+            if member.process:
+                self.files.setdefault(member.part, set()).update(shared_memory_files(member.pid))
+
+    def drop(self, part: Part) -> None:
+        self.members = [m for m in self.members if m.part != part]
+
+    def of(self, parts: set[Part]) -> list[Member]:
+        return [m for m in self.members if m.part in parts]
+
+    def ended(self) -> set[Part]:
+        return {m.part for m in self.members if m.state() == "has ended"}
+
+    def describe(self, parts: set[Part]) -> str:
+        """The members whose state says why; all of them if none does."""
+        members = self.of(parts)
+        telling = [f"{m} {m.state()}" for m in members if m.state()]
+        return ", ".join(telling or map(str, members)) or ", ".join(map(part_name, sorted(parts)))
+
+
+def shared_memory_files(pid: int) -> set[str]:
+    """Paths in /dev/shm that a process has mapped: queues of vLLM, buffers of NCCL."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
+
+
+def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -> list:
+    """ray.get with the stage's deadline, one part per reference. The actor's own error in place of Ray's traceback.
+
+    Raises Lost for parts that died or are late, and Stop for one whose method raised. Once a second it looks for itself
+    whether all processes live: nobody tells the driver that a worker of vLLM's has died until vLLM gives up.
+    """
+    import ray
+
+    deadline, seconds, stage = colocation.deadline()
+    watch = colocation.watch
+    try:
+        while True:
+            try:
+                return ray.get(refs, timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            except ray.exceptions.GetTimeoutError:
+                if watch.ended() or time.monotonic() >= deadline:
+                    break
+    except ray.exceptions.RayError as error:
+        text = explain(error)
+    else:
+        text = ""
+    if lost := find_lost(colocation) if text else watch.ended():
+        raise Lost(lost, f"{what}: lost {' and '.join(map(part_name, sorted(lost)))}: {watch.describe(lost)}")
+    answered = [bool(ray.wait([ref], timeout=0)[0]) for ref in refs]
+    if text:
+        failed = [p for p, ref, done in zip(parts, refs, answered, strict=True) if done and _failed(ref)]
+        raise Stop(f"{' and '.join(map(part_name, failed)) or what} ({what}): {text}")
+    late = {part for part, done in zip(parts, answered, strict=True) if not done}
+    stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
+    late = stopped or late
+    found = f"no answer from {' and '.join(map(part_name, sorted(late)))} within {seconds:g} s: {watch.describe(late)}"
+    raise Lost(late, f"{what}: {found}; to wait longer, type --stage-timeout {stage}={2 * seconds:g}")
+
+
+def _failed(ref) -> bool:
+    import ray
+
+    try:
+        ray.get(ref, timeout=0)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
+def explain(error) -> str:
+    """What an actor's exception says, out of the wrappings of Ray and vLLM."""
+    import ray
+
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    text = str(cause).strip()
+    if inner := re.search(r"Worker failed with error '(.*)', please check the stack trace", text, re.DOTALL):
+        text = inner[1]  # vLLM's wrapping of an error in a worker
+    text = f"{type(cause).__name__}: {text}"
+    if "Traceback" in text:  # of another process: keep what its exception says
+        lines = text.splitlines()
+        first = max(i for i, line in enumerate(lines) if i == 0 or re.match(r"[\w.]+(Error|Exception)\b", line))
+        text = "\n".join(lines[first:])
+    return " ".join(text.split())
+
+
+def find_lost(colocation: Colocation, patience: float = 2.0) -> set[Part]:
+    """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost."""
+    import ray
+
+    lost = colocation.watch.ended()
+    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in lost}
+    answered = ray.wait(list(asked), num_returns=len(asked), timeout=patience)[0] if asked else []
+    for ref in answered:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayActorError:
+            lost.add(asked[ref])
+        except ray.exceptions.RayError:  # it answered, if only with an error
+            pass
+    return lost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recovery
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict], log: Log) -> tuple:
+    """Rebuild what is lost, as often as --max-restarts allows, and bring the trainers' weights into all engines.
+
+    version: the highest that was given out; losses: those of this run, to which this one is added.
+    Returns (version, what `Colocation.push` and `Colocation.check_replicas` do, steps done, the last step's metrics).
+    Raises Stop if there was a loss too many, or the trainers' state is lost with them.
+    """
+    allowed = colocation.config.max_restarts
+    while True:
+        if len(losses) >= allowed:
+            more = f"; {allowed} of --max-restarts {allowed} are used up" if allowed else ""
+            raise Stop(f"{lost}{more}") from None
+        losses.append({"lost": sorted(map(part_name, lost.parts)), "message": str(lost)})
+        log("lost", str(lost))
+        version, start = version + 1, time.monotonic()  # never one that an engine may have seen
+        try:
+            push, digests = _recover(colocation, lost, version, lambda text: log("lost", text))
+        except Lost as another:
+            lost = another
+            continue
+        losses[-1]["seconds"] = round(time.monotonic() - start, 3)
+        steps, metrics = colocation.on_trainers("progress")[0]
+        log(
+            "lost",
+            f"recovered in {losses[-1]['seconds']:.1f} s: going on after step {steps}, version {version} is everywhere",
+        )
+        return version, push, digests, steps, metrics
+
+
+def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dict, dict[str, str]]:
+    parts = lost.parts | find_lost(colocation)
+    parts |= unresponsive(colocation, parts)
+    bury(colocation, parts)
+    trainers = {p for p in parts if p[0] == "training actor"}
+    engines = {p for p in parts if p[0] == "engine"}
+    for i, engine in enumerate(colocation.engines):
+        if ("engine", i) in engines:
+            continue
+        try:
+            colocation.ask([engine], "stand_by", bool(trainers))
+        except Lost:
+            raise
+        except Stop as stop:  # a CUDA error that stays, for instance
+            say(f"{stop}: it is rebuilt, too")
+            engines.add(("engine", i))
+            bury(colocation, {("engine", i)})
+    if trainers:
+        with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:
+            folder, source = rescue(colocation, trainers, Path(scratch))
+            say(f"all training actors start again from {source}")
+            colocation.rebuild_trainers(folder)
+    if engines:
+        check_shared_memory(colocation.config, FAIL)
+        say(f"rebuilding {' and '.join(map(part_name, sorted(engines)))}")
+        colocation.rebuild_engines(sorted(i for _, i in engines))
+    colocation.state = "ready"
+    colocation.on_trainers("restore", version)
+    digests = colocation.check_replicas()
+    if colocation.config.push == "recorded":
+        colocation.connect()
+    push = colocation.push(version)
+    elements = colocation.require_elements(digests, "after a restart")
+    say(f"{elements} parameter elements equal the trainers' bit for bit")
+    return push, digests
+
+
+def unresponsive(colocation: Colocation, parts: set[Part]) -> set[Part]:
+    """Of the other parts, those that do not answer: stuck with the dead in a collective operation, most likely."""
+    import ray
+
+    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in parts}
+    if not asked:
+        return set()
+    return {asked[ref] for ref in ray.wait(list(asked), num_returns=len(asked), timeout=PING_S)[1]}
+
+
+def bury(colocation: Colocation, parts: set[Part]) -> None:
+    """End what is left of these parts, and give back their GPU memory and their files in /dev/shm."""
+    import psutil
+    import ray
+
+    watch = colocation.watch
+    watch.note_files()
+    processes = [m.process for m in watch.of(parts) if m.process]
+    for part in parts:
+        ray.kill(colocation.parts()[part])
+    for process in processes:  # Ray asks a worker to leave first, and a stopped one never hears it
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=PING_S)
+    kept = {f for m in watch.members if m.part not in parts for f in shared_memory_files(m.pid)}
+    for part in parts:
+        for file in watch.files.pop(part, set()) - kept:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file)
+        watch.drop(part)
+
+
+def rescue(colocation: Colocation, lost: set[Part], scratch: Path) -> tuple[Path, str]:
+    """A folder with the trainers' state, and a name for where it is from."""
+    alive = [i for i in range(len(colocation.trainers)) if ("training actor", i) not in lost]
+    if alive:
+        steps = [done for done, _ in colocation.ask([colocation.trainers[i] for i in alive], "progress")]
+        best = alive[steps.index(max(steps))]
+        colocation.ask([colocation.trainers[best]], "save", str(scratch))
+        return scratch, f"training actor {best}'s state after step {max(steps)}"
+    if colocation.saved:
+        return colocation.saved, f"the checkpoint {colocation.saved.name}"
+    raise Stop(
+        "no training actor is left, and no checkpoint was written: the optimizer's state is gone; to survive this, "
+        "type --checkpoint DIR --checkpoint-every 10"
+    )
