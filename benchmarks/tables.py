@@ -131,12 +131,47 @@ def pushes() -> str:
     return table(header, rows)
 
 
+def drills() -> str:
+    """One row per fault; seconds to the message, and to the end of the recovery, by hardware."""
+    reports = load("drills-*.json")
+    rows: dict[str, list[str]] = {}
+    for r in reports.values():
+        for row in r["rows"]:
+            rows.setdefault(row["drill"], [f"`{row['drill']}`", row["fault"], row["expected"]])
+    for r in reports.values():
+        seen = {row["drill"]: row for row in r["rows"]}
+        for name, cells in rows.items():
+            row = seen.get(name)
+            cell = "–" if not row else "FAILED" if not row["ok"] else f"{row['seconds_to_message']:.1f} s"
+            recovered = row and row["recovered_s"]
+            cells.append(cell + (f", back after {recovered:.0f} s" if recovered else ""))
+    links = [f"[{hardware(r)}](results/{name}.json)" for name, r in reports.items()]
+    return table(["drill", "fault", "what must happen", *links], list(rows.values()))
+
+
+def soaks() -> str:
+    """What grows, per push and per step, with its confidence interval."""
+    reports, rows = load("soak-*.json"), {}
+    for r in reports.values():
+        for kind in ("pushes", "steps"):
+            for name, s in r[kind]["slopes"].items():
+                unit = 1024 if "bytes" in name else 1
+                numbers = [f"{s[n] / unit:.2g}" for n in ("slope", "low", "high")]
+                none = s["slope"] == s["low"] == s["high"] == 0
+                cell = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+                rows.setdefault(name.replace("bytes", "KiB"), []).append(cell)
+    header = [f"[{hardware(r)}](results/{n}.json), per {k}" for n, r in reports.items() for k in ("push", "step")]
+    return table(["", *header], [[name, *cells] for name, cells in rows.items()])
+
+
 def tested() -> str:
     combinations: dict[str, set[str]] = {}
-    for r in [r for kind in ("run", "loop", "startup", "bench") for r in load(f"{kind}-*.json").values()]:
+    for r in [
+        r for kind in ("run", "loop", "startup", "bench", "drills", "soak") for r in load(f"{kind}-*.json").values()
+    ]:
         combinations.setdefault(versions(r), set()).add(hardware(r))
     return table(["versions", "where"], [[v, ", ".join(sorted(where))] for v, where in combinations.items()])
 
 
 if __name__ == "__main__":
-    print("\n\n".join([runs(), pushes(), loops(), startup(), tested()]))
+    print("\n\n".join([runs(), pushes(), loops(), startup(), drills(), soaks(), tested()]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.drills import processes_with
 from rlhf_colocate import FAULTS
 from rlhf_preflight import FAIL, INTERRUPTED, MISSING, PASS
 
@@ -22,18 +23,6 @@ pytestmark = pytest.mark.e2e
 PROOF = ["--steps", "0"]
 TWO = [*PROOF, "--num-gpus", "2"]
 ONE = [*PROOF, "--num-gpus", "1", "--tensor-parallel-size", "1"]
-
-
-def processes_with(mark: str) -> list[str]:
-    """Command lines of living processes that inherited the mark in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
 
 
 class Run:

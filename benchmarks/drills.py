@@ -1,0 +1,494 @@
+"""Fault drills: break a running layout in every way that we know of, and see that it does what it promises.
+
+python benchmarks/drills.py --output results/drills-rehearsal.json [NAME ...]         (--help lists the drills)
+
+Each drill has one fault, at a moment of one RLHF step. Faults that a run survives follow one another in a single run,
+which must end with PASS; the others end theirs. The runner starts the script as a subprocess, with its functions
+wrapped so that the fault happens (`Drilled`), reads when the fault's and the message's lines appear, and looks for what
+is left behind: processes, files in /dev/shm and in the temporary folder, GPU memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import rlhf_colocate as rc  # noqa: E402
+import rlhf_utils  # noqa: E402
+from rlhf_preflight import FAIL, MISSING, PASS  # noqa: E402
+
+TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
+ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")
+DEADLINE_S = 4  # where a drill sets one
+
+
+@dataclasses.dataclass(frozen=True)
+class Drill:
+    """moment: the method of Colocation at whose call the fault happens, in the first step that was not yet drilled."""
+
+    fault: str
+    expected: str
+    moment: str
+    says: str  # regular expression of the line that must follow the fault
+    run: str  # drills of one run share its name
+    code: int = PASS
+    gpu: bool = False
+
+
+LOST = r"\[lost\] .*"
+ENDED = r"\(pid \d+( on \S+)?\) has ended"
+DRILLS = {
+    # One run with two trainers and one engine of two ranks, which survives all of these.
+    "kill-worker-idle": Drill(
+        fault="SIGKILL to rank 1 of the engine between two steps",
+        expected="the engine is rebuilt",
+        moment="rollout",
+        says=LOST + "lost engine 0: .*engine 0 rank 1 " + ENDED,
+        run="survive",
+    ),
+    "kill-worker-rollout": Drill(
+        fault="SIGKILL to rank 1 of the engine while it generates",
+        expected="the engine is rebuilt, and the step is done again",
+        moment="rollout",
+        says=LOST + "rollout: lost engine 0: .*engine 0 rank 1 " + ENDED,
+        run="survive",
+    ),
+    "kill-worker-push": Drill(
+        fault="SIGKILL to rank 1 of the engine when rank 0 has its weights and it has not",
+        expected="the engine is rebuilt, and everything is pushed again",
+        moment="push",
+        says=LOST + "push_weights: lost engine 0: .*engine 0 rank 1 " + ENDED,
+        run="survive",
+    ),
+    "kill-engine": Drill(
+        fault="SIGKILL to the engine's own actor",
+        expected="the engine is rebuilt with its workers",
+        moment="rollout",
+        says=LOST + "lost engine 0: .*engine 0 " + ENDED,
+        run="survive",
+    ),
+    "stop-worker": Drill(
+        fault="SIGSTOP to rank 1 of the engine before a push",
+        expected=f"named at the deadline ({DEADLINE_S} s), and the engine is rebuilt",
+        moment="push",
+        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank 1 \(pid \d+ on \S+\) is stopped",
+        run="survive",
+    ),
+    "kill-trainer-idle": Drill(
+        fault="SIGKILL to training actor 1 between two steps",
+        expected="all trainers go on from training actor 0's state",
+        moment="rollout",
+        says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        run="survive",
+    ),
+    "kill-trainer-push": Drill(
+        fault="SIGKILL to training actor 1 during a push",
+        expected="all trainers go on from training actor 0's state, and push again",
+        moment="push",
+        says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        run="survive",
+    ),
+    "kill-trainer-train": Drill(
+        fault="SIGKILL to training actor 1 in the middle of an optimizer step",
+        expected="all trainers go on from training actor 0's state; from the last checkpoint if that hangs in NCCL",
+        moment="learn",
+        says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        run="survive",
+    ),
+    "push-asleep": Drill(
+        fault="a push to a sleeping engine",
+        expected="refused by the engine; the run goes on",
+        moment="wake_up",
+        says=r"refused: engine 0 \(push_weights\): RuntimeError: found the engine's weights asleep",
+        run="survive",
+    ),
+    "torn-push": Drill(
+        fault="rank 1 fails in a push, after rank 0 has its weights",
+        expected="the engine is poisoned: it refuses to generate until a whole push has landed",
+        moment="push",
+        says=r"refused: engine 0 \(generate\): RuntimeError: found the engine with no whole push in it",
+        run="survive",
+    ),
+    # Each of the others has a run of its own, which most of them end.
+    "stale-handle": Drill(
+        fault="a training actor starts again, and the engine is not connected to the new one",
+        expected="the push is refused",
+        moment="rollout",
+        says=r"FAIL: engine 0 \(push_weights\): HandleError: .*found the trainer's weights at version",
+        run="stale-handle",
+        code=FAIL,
+    ),
+    "no-restarts": Drill(
+        fault="SIGKILL to a training actor, with --max-restarts 0",
+        expected="the run ends",
+        moment="rollout",
+        says="FAIL: .*lost training actor 1: training actor 1 " + ENDED,
+        run="no-restarts",
+        code=FAIL,
+    ),
+    "last-trainer": Drill(
+        fault="SIGKILL to the only training actor, without a checkpoint",
+        expected="the run says that the state is gone, and ends",
+        moment="rollout",
+        says="FAIL: no training actor is left, and no checkpoint was written",
+        run="last-trainer",
+        code=FAIL,
+    ),
+    "last-trainer-checkpoint": Drill(
+        fault="SIGKILL to the only training actor, with --checkpoint-every 1",
+        expected="a new one goes on from the checkpoint",
+        moment="learn",
+        says=LOST + "lost training actor 0: training actor 0 " + ENDED,
+        run="last-trainer-checkpoint",
+    ),
+    "nan-gradient": Drill(
+        fault="a reward that is NaN",
+        expected="the step is refused, with the weights unchanged",
+        moment="learn",
+        says="FAIL: .*found a gradient norm of nan",
+        run="nan-gradient",
+        code=FAIL,
+    ),
+    "nan-weight": Drill(
+        fault="a NaN in one weight of all trainers",
+        expected="the weight is named, and the push refused",
+        moment="check_replicas",
+        says=r"FAIL: .*found NaN or Inf in \S+; needed finite weights: push refused",
+        run="nan-weight",
+        code=FAIL,
+    ),
+    "drifted-replicas": Drill(
+        fault="one weight of one trainer changes",
+        expected="the weight is named, and the push refused",
+        moment="check_replicas",
+        says="FAIL: replicas: the trainers' weights differ, push refused: .*embed",
+        run="drifted-replicas",
+        code=FAIL,
+    ),
+    "corrupt-handle": Drill(
+        fault="a handle's bytes are damaged on the way",
+        expected="refused, before anything is overwritten",
+        moment="handles",
+        says="FAIL: .*HandleError: ",
+        run="corrupt-handle",
+        code=FAIL,
+    ),
+    "full-shm-start": Drill(
+        fault="a /dev/shm of 100 MiB",
+        expected="refused before anything starts, with what to type",
+        moment="",
+        says=r"error: found \d+ MiB free in /dev/shm; needed .*; type mount",
+        run="full-shm-start",
+        code=MISSING,
+    ),
+    "full-shm": Drill(
+        fault="/dev/shm fills up between two steps",
+        expected="the engine dies of it, its queues being there; the run says what it needs to rebuild it, and ends",
+        moment="rollout",
+        says=r"FAIL: found \d+ MiB free in /dev/shm; needed .*; type mount",
+        run="full-shm",
+        code=FAIL,
+    ),
+    "oom-wake": Drill(
+        fault="no GPU memory is left when the engine wakes up",
+        expected="the run says so, with what to type, and ends",
+        moment="wake_up",
+        says="FAIL: .*out of GPU memory at wake-up: .*type ",
+        run="oom-wake",
+        code=FAIL,
+        gpu=True,
+    ),
+}
+# What the script is started with, by run; {tmp} is a folder of the run's own.
+CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
+FLAGS = {
+    "survive": [*TWO, "--steps", "12", "--max-restarts", "9", "--stage-timeout", f"push={DEADLINE_S}", *CHECKPOINT],
+    "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
+    "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
+    "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
+    "drifted-replicas": [*TWO, "--steps", "2"],
+    "corrupt-handle": [*ONE, "--steps", "0"],
+    "oom-wake": [*ONE, "--steps", "3"],
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The faults: the script's own functions, wrapped
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DrilledWorker(rlhf_utils.ColocateWorkerExtension):
+    def disturb_push(self, kind: str) -> None:
+        """Let the last rank's next push wait for two seconds, or fail."""
+        self._disturbance = kind if self.rank == self.parallel_config.tensor_parallel_size - 1 else ""
+
+    @rlhf_utils.replied
+    def push_weights(self, version: int) -> dict:
+        kind, self._disturbance = getattr(self, "_disturbance", ""), ""
+        if kind == "wait":
+            time.sleep(2)
+        if kind == "fail":
+            raise RuntimeError("the drill's error")
+        return super().push_weights(version)
+
+
+class DrilledTrainer(rc.RayTrainingActor):
+    def spoil(self, value: float) -> None:
+        self.model.get_input_embeddings().weight.data[7, 3] = value
+
+    def hog(self) -> float:
+        """Take all GPU memory but 200 MiB. Returns what was taken, GiB."""
+        import torch
+
+        self.ballast = []
+        while (free := torch.cuda.mem_get_info()[0]) > 200 * 2**20:
+            self.ballast.append(torch.empty(min(free - 150 * 2**20, 2**30), dtype=torch.uint8, device="cuda"))
+        return sum(t.nbytes for t in self.ballast) / 2**30
+
+
+class Drilled(rc.Colocation):
+    """A layout that is broken by the drills in $RLHF_DRILLS, one in each RLHF step, beginning with the second."""
+
+    training_actor = DrilledTrainer
+    worker_extension = "drills.DrilledWorker"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.to_come = os.environ["RLHF_DRILLS"].split(",")
+        self.rollouts, self.armed = 0, ""
+        if DRILLS[self.to_come[0]].moment == "handles":  # at once: the first connection
+            self.armed = self.to_come.pop(0)
+
+    def strikes(self, moment: str) -> str:
+        """The drill that is due at this moment, if any: only once."""
+        due = self.armed if self.armed and DRILLS[self.armed].moment == moment else ""
+        if due:
+            self.armed = ""
+            self.log("drill", f"{due}: {DRILLS[due].fault}")
+        return due
+
+    def kill(self, role: str, after: float = 0.0, signum: int = signal.SIGKILL) -> None:
+        pid = next(m.pid for m in self.watch.members if m.role == role)
+        threading.Timer(after, os.kill, (pid, signum)).start() if after else os.kill(pid, signum)
+
+    def rollout(self, *args):
+        self.rollouts += 1
+        if self.rollouts > 1 and self.to_come and not self.armed:
+            self.armed = self.to_come.pop(0)
+        drill = self.strikes("rollout")
+        if drill in ("kill-worker-idle", "kill-worker-rollout"):
+            self.kill("engine 0 rank 1", after=0.2 if drill == "kill-worker-rollout" else 0)
+        elif drill == "kill-engine":
+            self.kill("engine 0")
+        elif drill in ("kill-trainer-idle", "no-restarts"):
+            self.kill("training actor 1")
+        elif drill == "last-trainer":
+            self.kill("training actor 0")
+        elif drill == "stale-handle":
+            self.rebuild_trainers(self.saved)
+            self.log("drill", f"{drill}: the engine still has the old one's memory mapped")
+        elif drill == "full-shm":
+            fill("/dev/shm/drill")
+        return super().rollout(*args)
+
+    def push(self, version: int) -> dict:
+        drill = self.strikes("push")
+        if drill in ("kill-worker-push", "kill-trainer-push"):
+            self.on_engines("collective_rpc", "disturb_push", "wait")
+            self.kill("engine 0 rank 1" if drill == "kill-worker-push" else "training actor 1", after=1)
+        elif drill == "stop-worker":
+            self.kill("engine 0 rank 1", signum=signal.SIGSTOP)
+        elif drill == "torn-push":
+            self.on_engines("collective_rpc", "disturb_push", "fail")
+            for method, args in (("collective_rpc", ("push_weights", version)), ("generate", ([[11, 12]], 1))):
+                self.refused(method, *args)
+        return super().push(version)
+
+    def refused(self, method: str, *args) -> None:
+        try:
+            self.on_engines(method, *args)
+        except rc.Stop as stop:
+            self.log("drill", f"refused: {stop}")
+
+    def learn(self, samples: list[dict], version: int) -> dict:
+        drill = self.strikes("learn")
+        if drill == "nan-gradient":
+            samples[0]["advantage"] = float("nan")
+        elif drill == "kill-trainer-train":
+            self.kill("training actor 1", after=0.02)
+        elif drill == "last-trainer-checkpoint":
+            self.kill("training actor 0")
+        return super().learn(samples, version)
+
+    def check_replicas(self) -> dict[str, str]:
+        drill = self.strikes("check_replicas")
+        if drill == "nan-weight":
+            self.on_trainers("spoil", float("nan"))
+        elif drill == "drifted-replicas":
+            self.ask(self.trainers[-1:], "spoil", 0.5)
+        return super().check_replicas()
+
+    def wake_up(self, tag: str) -> None:
+        drill = self.strikes("wake_up")
+        if drill == "push-asleep":
+            self.refused("collective_rpc", "push_weights", -1)
+        elif drill == "oom-wake":
+            self.on_trainers("hog")
+        super().wake_up(tag)
+
+    def handles(self) -> dict[str, dict]:
+        messages = super().handles()
+        if self.strikes("handles"):
+            for message in messages.values():
+                for storage in message["storages"]:
+                    if "path" in storage:
+                        storage["path"] = storage["path"].replace("fd/", "fd/9")
+                    if "handle" in storage:
+                        storage["handle"] = bytes(b ^ 0x5A for b in storage["handle"])
+        return messages
+
+
+def fill(path: str) -> None:
+    """Write until the file system is full."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(2**20))
+        except OSError:
+            pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpu_used_mib() -> list[int]:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(x) for x in out.split()]
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of living processes that inherited the mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def play(names: list[str], flags: list[str], timeout: float) -> tuple[list[dict], dict]:
+    """One run with these drills. Returns a row for each, and the script's own report."""
+    mark, shm, gpu = uuid.uuid4().hex, set(os.listdir("/dev/shm")), gpu_used_mib()
+    lines: list[tuple[float, str]] = []
+    with tempfile.TemporaryDirectory(prefix="drill-") as tmp:
+        folder, report = Path(tmp) / "temporary", Path(tmp) / "report.json"
+        folder.mkdir()
+        flags = [f.format(tmp=tmp) for f in flags]
+        command = [sys.executable, __file__, "--play", *flags, "--output-json", str(report)]
+        if names[0].startswith("full-shm"):  # a /dev/shm of its own
+            size = 100 if names[0] == "full-shm-start" else 1000
+            mount = f'mount -t tmpfs -o size={size}m tmpfs /dev/shm && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
+        path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"RLHF_DRILLS": ",".join(names), "RLHF_DRILL_MARK": mark, "PYTHONPATH": path}
+        env["TMPDIR"] = str(folder)
+        start, options = time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, env=env, start_new_session=True, **options) as process:
+            alarm = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
+            alarm.start()
+            try:
+                for line in process.stdout:
+                    lines.append((time.monotonic(), line.rstrip()))
+                    print(f"    {line}", end="", flush=True)
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                raise
+            finally:
+                code = process.wait()
+                alarm.cancel()
+        seconds = time.monotonic() - start
+        time.sleep(1)
+        temporary = [f for f in os.listdir(folder) if f.startswith("rlhf-colocate")]
+        done = json.loads(report.read_text()) if report.exists() else {}
+    more = sum(gpu_used_mib()) - sum(gpu)
+    left = {"processes": processes_with(mark), "/dev/shm": sorted(set(os.listdir("/dev/shm")) - shm)}
+    left |= {"temporary files": temporary, "GPU MiB": max(0, more)}
+    losses = {line: loss for loss in done.get("losses", []) for _, line in lines if line.endswith(loss["message"])}
+    rows = []
+    for name in names:
+        drill = DRILLS[name]
+        struck = max((at for at, line in lines if f"[drill] {name}: " in line), default=None if drill.moment else start)
+        seen = next(((at, line) for at, line in lines if struck and at > struck and re.search(drill.says, line)), None)
+        row = {"drill": name, "fault": drill.fault, "expected": drill.expected, "exit_code": code}
+        row |= {"seen": re.sub(r"^ *[\d.]+s ", "", seen[1]) if seen else None}
+        row |= {"seconds_to_message": round(seen[0] - struck, 2) if seen else None}
+        row |= {"recovered_s": losses.get(seen[1], {}).get("seconds") if seen else None}
+        row |= {"left_behind": left, "run_s": round(seconds, 1)}
+        recovers = drill.says.startswith(LOST)
+        ok = bool(seen) and code == drill.code and not any(left.values()) and (not recovers or bool(row["recovered_s"]))
+        rows.append(row | {"ok": ok})
+    return rows, done
+
+
+def main() -> int:
+    drills = "\n".join(f"  {name:24} {d.fault}: {d.expected}" for name, d in DRILLS.items())
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=f"{__doc__}\ndrills:\n{drills}", formatter_class=formatter)
+    parser.add_argument("drills", nargs="*", metavar="NAME", help="default: all that this machine can do")
+    parser.add_argument("--output", help="write the rows to this JSON file")
+    args, flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
+    if unknown := [n for n in args.drills if n not in DRILLS]:
+        parser.error(f"no drill {', '.join(unknown)}; --help lists them")
+    gpus = gpu_used_mib()
+    chosen = [n for n in args.drills or DRILLS if args.drills or gpus or not DRILLS[n].gpu]
+    runs: dict[str, list[str]] = {}
+    for name in chosen:
+        runs.setdefault(DRILLS[name].run, []).append(name)
+    rows, report = [], {}
+    for run, names in runs.items():
+        print(f"{run}: {', '.join(names)}", flush=True)
+        own = FLAGS.get(run, [*ONE, "--steps", "3"])
+        new, done = play(names, [*own, *flags], timeout=570)
+        report |= {k: done[k] for k in ("versions", "hardware") if done.get(k)}
+        rows += new
+        for row in new:
+            print(f"{'ok    ' if row['ok'] else 'FAILED'} {row['drill']}: {row['seconds_to_message']} s: {row['seen']}")
+            if not row["ok"]:
+                print(f"       exit code {row['exit_code']}, left behind: {row['left_behind']}")
+    if args.output:
+        report |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": rows}
+        report["command"] = " ".join(["python benchmarks/drills.py", *args.drills, *flags])
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    return PASS if all(r["ok"] for r in rows) else FAIL
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--play"]:
+        import drills  # under the name that Ray's and vLLM's processes know
+
+        rc.Colocation = drills.Drilled
+        sys.exit(rc.main(sys.argv[2:]))
+    sys.exit(main())

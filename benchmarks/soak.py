@@ -1,0 +1,133 @@
+"""Does anything grow? Many pushes and many steps of the RLHF loop, with what all processes hold sampled after each.
+
+python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
+
+Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
+GPU memory in use on all GPUs; bytes in /dev/shm. Reported for each: its slope per push or per step, with the 95 %
+confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far enough
+apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes
+and of the steps is warm-up: pools and caches grow to their size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import rlhf_colocate as rc  # noqa: E402
+
+BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
+
+
+class Sampled(rc.Colocation):
+    """A layout that samples what its processes hold after each push of the loop."""
+
+    samples: list[dict[str, float]]
+
+    def held(self) -> dict[str, float]:
+        """{what: how much now}."""
+        import psutil
+
+        found: dict[str, float] = {}
+        driver = [("driver", psutil.Process())]
+        parts = [("worker" if "rank" in m.role else m.part[0], m.process) for m in self.watch.members]
+        for kind, process in driver + parts:
+            with process.oneshot():
+                numbers = (process.memory_info().rss, process.num_fds(), process.num_threads())
+            for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
+                found[f"{kind} {unit}"] = found.get(f"{kind} {unit}", 0) + number
+        used = rc.flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
+        shm = os.statvfs("/dev/shm")
+        return found | {"GPU bytes": sum(used), "/dev/shm bytes": (shm.f_blocks - shm.f_bfree) * shm.f_frsize}
+
+    def push(self, version: int) -> dict:
+        push = super().push(version)
+        self.samples.append(self.held())
+        return push
+
+
+def slope(values: list[float]) -> dict[str, float]:
+    """Growth per sample with its 95 % confidence interval (see above)."""
+    size = len(values) // BATCHES
+    values = values[len(values) - BATCHES * size :]
+    means = [statistics.fmean(values[i * size : (i + 1) * size]) for i in range(BATCHES)]
+    x = [size * (i + 0.5) for i in range(BATCHES)]
+    line = statistics.linear_regression(x, means)
+    residuals = [m - line.slope * at - line.intercept for at, m in zip(x, means, strict=True)]
+    spread = sum((at - statistics.fmean(x)) ** 2 for at in x)
+    margin = T_975 * math.sqrt(sum(r * r for r in residuals) / (BATCHES - 2) / spread)
+    return {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin, "last": values[-1]}
+
+
+def slopes(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    samples = samples[len(samples) // 10 :]
+    return {name: slope([s[name] for s in samples]) for name in samples[0]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pushes", type=int, default=200)
+    parser.add_argument("--loop-steps", type=int, default=20, help="steps of the RLHF loop (default: 20)")
+    parser.add_argument("--output", required=True)
+    args, flags = parser.parse_known_args()
+    for given in (args.pushes, args.loop_steps):
+        if given < BATCHES:
+            parser.error(f"found {given}; needed {BATCHES} or more of each for a slope")
+    config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps)])
+    log, report, colocation = rc.Log(), {"pushes": []}, None
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        try:
+            colocation = Sampled(config, *rc.preflight(config, log, report, Path(scratch)), log)
+            colocation.samples = []
+            colocation.start_ray()
+            colocation.start_actors()
+            trainers = colocation.on_trainers("report_device_id")
+            colocation.build_learners()
+            colocation.start_engines(trainers)
+            colocation.connect()
+            log("soak", f"{args.pushes} pushes")
+            start = time.perf_counter()
+            for i in range(args.pushes):
+                # Above all versions of the loop, which begin at 2: none may be given out twice.
+                colocation.on_trainers("perturb", 1_000_000 + i)
+                colocation.push(1_000_000 + i)
+            done = {"pushes": {"count": args.pushes, "seconds": time.perf_counter() - start}}
+            done["pushes"]["slopes"] = slopes(colocation.samples)
+            colocation.samples, start = [], time.perf_counter()
+            log("soak", f"{args.loop_steps} steps of the loop")
+            rc.learn(config, log, report, colocation, done=0)
+            done["steps"] = {"count": args.loop_steps, "seconds": time.perf_counter() - start}
+            done["steps"]["slopes"] = slopes(colocation.samples)
+        except rc.Stop as stop:
+            print(f"soak.py: error: {stop}", file=sys.stderr)
+            return stop.code
+        finally:
+            if colocation:
+                colocation.close()
+    report = {k: report[k] for k in ("versions", "hardware")} | {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["python benchmarks/soak.py", *(Path(a).name for a in sys.argv[1:])]),
+        "layout": {"trainers": config.num_gpus, "engines": config.num_engines, "tp": config.tensor_parallel_size},
+    }
+    Path(args.output).write_text(json.dumps(report | done, indent=1) + "\n")
+    for kind in ("pushes", "steps"):
+        rc.print_table(
+            [f"slope per {kind[:-1] if kind == 'steps' else 'push'}", "mean", "95 % from", "to", "at the end"],
+            [[k, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"]
+             for k, s in done[kind]["slopes"].items()],
+        )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

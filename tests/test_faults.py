@@ -1,0 +1,120 @@
+"""Deadlines, the watch over processes, errors of workers, slopes: what can be said without Ray and vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import rlhf_colocate as rc
+from benchmarks.soak import slope
+from rlhf_faults import Watch
+from rlhf_preflight import USAGE, Stop, stage_timeouts
+from rlhf_utils import HandleError, call_workers, replied
+
+
+def test_stage_timeouts():
+    assert stage_timeouts(rc.Config()) == {}
+    assert stage_timeouts(rc.Config(stage_timeout="push=5,rollout=0.5")) == {"push": 5, "rollout": 0.5}
+
+
+@pytest.mark.parametrize("text", ["push", "push=", "push=soon", "push=-1", "push=0", "lunch=5", "=3"])
+def test_a_wrong_stage_timeout_is_refused(text):
+    with pytest.raises(Stop, match="needed STAGE=SECONDS") as stop:
+        stage_timeouts(rc.Config(stage_timeout=text))
+    assert stop.value.code == USAGE
+
+
+@pytest.fixture
+def sleeper():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+def test_the_watch_tells_who_is_stopped_and_who_has_ended(sleeper):
+    watch, part = Watch(), ("engine", 0)
+    watch.add([(part, "engine 0 rank 1", sleeper.pid, "GPU-x"), (part, "engine 0 rank 2", os.getppid(), "GPU-y")])
+    assert not watch.ended()
+    sleeper.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    stopped = f"engine 0 rank 1 (pid {sleeper.pid} on GPU-x) is stopped"
+    assert watch.describe({part}) == stopped and not watch.ended()
+    sleeper.kill()
+    time.sleep(0.2)
+    assert watch.ended() == {part}
+    assert watch.describe({part}) == stopped.replace("is stopped", "has ended")
+    watch.drop(part)
+    assert not watch.ended() and watch.describe({part}) == "engine 0"
+
+
+class Workers:
+    """What vLLM does with a collective_rpc, with ranks that fail."""
+
+    def __init__(self, *errors):
+        self.errors = errors
+
+    def collective_rpc(self, method, args):
+        @replied
+        def call(error):
+            if error:
+                raise error
+            return {"version": args[0]}
+
+        return [call(error) for error in self.errors]
+
+
+def test_the_errors_of_all_ranks_reach_the_caller():
+    assert call_workers(Workers(None, None), "push_weights", 3) == [{"version": 3}] * 2
+    with pytest.raises(HandleError, match=r"^rank 1: stale$"):
+        call_workers(Workers(None, HandleError("stale")), "push_weights", 3)
+    with pytest.raises(HandleError, match=r"^rank 0 and 1: stale$"):
+        call_workers(Workers(HandleError("stale"), HandleError("stale")), "push_weights", 3)
+    with pytest.raises(RuntimeError, match=r"^rank 0: KeyError: 'x'; rank 1: stale$"):
+        call_workers(Workers(KeyError("x"), HandleError("stale")), "push_weights", 3)
+
+
+def engine(workers: Workers) -> rc.MyLLM:
+    made = rc.MyLLM.__new__(rc.MyLLM)
+    made.llm, made.version, made.asleep = workers, 7, set()
+    return made
+
+
+def test_a_failed_push_poisons_the_engine_and_a_failed_look_does_not():
+    healthy = engine(Workers(None))
+    healthy._require_whole_weights()
+    healthy.collective_rpc("verify_weights", 7)
+    assert healthy.weights_version() == 7
+    broken = engine(Workers(None, HandleError("stale")))
+    with pytest.raises(HandleError):
+        broken.collective_rpc("verify_weights", 7)
+    assert broken.weights_version() == 7
+    with pytest.raises(HandleError):
+        broken.collective_rpc("push_weights", 8)
+    assert broken.weights_version() is None
+    with pytest.raises(RuntimeError, match="no whole push in it"):
+        broken.generate([[1, 2]], 1)
+    with pytest.raises(RuntimeError, match="no whole push in it"):
+        broken.rollout([[1, 2]], 2, 1, [0])
+
+
+def test_a_push_to_sleeping_weights_is_refused():
+    asleep = engine(Workers(None))
+    asleep.asleep = {"weights", "kv_cache"}
+    with pytest.raises(RuntimeError, match="needed wake_up"):
+        asleep.collective_rpc("push_weights", 8)
+    asleep.asleep = {"kv_cache"}
+    assert asleep.collective_rpc("push_weights", 8)
+
+
+def test_slope():
+    flat = slope([5.0] * 40)
+    assert flat["slope"] == flat["low"] == flat["high"] == 0
+    rising = slope([3.0 * i + (i % 2) for i in range(100)])
+    assert rising["low"] <= 3 <= rising["high"] and rising["low"] > 2.9
+    noise = slope([float((i * 7919) % 13) for i in range(200)])
+    assert noise["low"] < 0 < noise["high"]
