@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_preflight import FAIL, Stop, check_shared_memory
+from rlhf_preflight import FAIL, STAGES, Stop, check_shared_memory
 
 if TYPE_CHECKING:
     import psutil
@@ -150,7 +150,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
     late = stopped or late
     found = f"no answer from {' and '.join(map(part_name, sorted(late)))} within {seconds:g} s: {watch.describe(late)}"
-    raise Lost(late, f"{what}: {found}; to wait longer, type --stage-timeout {stage}={2 * seconds:g}")
+    flag = f"--stage-timeout {stage}=" if stage in STAGES else "--timeout "
+    raise Lost(late, f"{what}: {found}; to wait longer, type {flag}{2 * seconds:g}")
 
 
 def _failed(ref) -> bool:
