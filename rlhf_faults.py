@@ -78,6 +78,7 @@ class Watch:
 
     def __init__(self):
         self.members: list[Member] = []
+        self.gone: set[Part] = set()  # ended by `bury`, and not yet replaced
         self.files: dict[Part, set[str]] = {}  # in /dev/shm: those who could name them may be gone when it matters
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
@@ -85,6 +86,7 @@ class Watch:
         import psutil
 
         ours = {p.pid: p for p in psutil.Process().children(recursive=True)}
+        self.gone -= {part for part, *_ in found}
         self.members += [Member(part, role, pid, gpu, ours.get(pid)) for part, role, pid, gpu in found]
         self.note_files()
 
@@ -95,6 +97,7 @@ class Watch:
                 self.files.setdefault(member.part, set()).update(shared_memory_files(member.pid))
 
     def drop(self, part: Part) -> None:
+        self.gone.add(part)
         self.members = [m for m in self.members if m.part != part]
 
     def of(self, parts: set[Part]) -> list[Member]:
@@ -183,11 +186,13 @@ def explain(error) -> str:
 
 
 def find_lost(colocation: Colocation, patience: float = 2.0) -> set[Part]:
-    """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost."""
+    """Parts with an ended process, and those that Ray knows to be dead; not a busy one, nor one being replaced."""
     import ray
 
     lost = colocation.watch.ended()
-    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in lost}
+    asked = {
+        a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in lost | colocation.watch.gone
+    }
     answered = ray.wait(list(asked), num_returns=len(asked), timeout=patience)[0] if asked else []
     for ref in answered:
         try:
@@ -234,7 +239,7 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
 
 
 def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dict, dict[str, str]]:
-    parts = lost.parts | find_lost(colocation)
+    parts = lost.parts | find_lost(colocation) | colocation.watch.gone
     parts |= unresponsive(colocation, parts)
     bury(colocation, parts)
     trainers = {p for p in parts if p[0] == "training actor"}
