@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, seconds):
 def test_an_engine_that_dies_while_starting_says_why(tmp_path):
     run = Run(tmp_path, *ONE, "--max-model-len", "100000")
     assert run.code == FAIL
-    assert run.last_line.startswith("FAIL: engines")
+    assert run.last_line.startswith("FAIL: engine 0 (start): ")
     assert "max_model_len" in run.last_line and "_cached_repr" not in run.stdout + run.stderr
 
 
