@@ -46,7 +46,7 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf_faults import Lost, Watch, bury, part_name, recover, shared_memory_files, wait_for
+from rlhf_faults import Lost, Watch, bury, kill, part_name, recover, remove, shared_memory_files, wait_for
 from rlhf_preflight import (
     DEFAULT_MODEL,
     FAIL,
@@ -677,9 +677,7 @@ class Colocation:
 
         Only once the trainers have settled: vLLM measures free memory, and must not see another process allocate.
         """
-        self.watch.add(
-            [(("training actor", i), f"training actor {i}", t["pid"], t["gpu"]) for i, t in enumerate(trainers)]
-        )
+        self.watch_trainers(trainers)
         workers = self.build_engines(self.engines)
         rows = match_placement(trainers, workers)
         self.engine_gpus = [[w["gpu"] for w in ranks] for ranks in workers]
@@ -708,21 +706,24 @@ class Colocation:
         )
         architecture = (self.model_config.get("architectures") or [""])[0]
         refs = [e.start.remote(architecture, **arguments) for e in engines]
-        reports = wait_for(self, refs, [self.part(e) for e in engines], "start")
-        for engine, workers in zip(engines, reports, strict=True):
-            part = self.part(engine)
-            ranks = [(part, f"{part_name(part)} rank {w['tp_rank']}", w["pid"], w["gpu"]) for w in workers]
-            self.watch.add([(part, part_name(part), workers[0]["engine_pid"], ""), *ranks])
+        parts = [self.part(e) for e in engines]
+        reports = wait_for(self, refs, parts, "start")
+        found = []
+        for part, workers in zip(parts, reports, strict=True):
+            found.append((part, part_name(part), workers[0]["engine_pid"], ""))
+            found += [(part, f"{part_name(part)} rank {w['tp_rank']}", w["pid"], w["gpu"]) for w in workers]
+        self.watch.add(found)
         return reports
+
+    def watch_trainers(self, reports: list[dict]) -> None:
+        parts = [self.part(t) for t in self.trainers]
+        self.watch.add([(p, part_name(p), r["pid"], r["gpu"]) for p, r in zip(parts, reports, strict=True)])
 
     def rebuild_trainers(self, folder: Path) -> None:
         """Replace all training actors, on the same bundles, by ones with the state in a checkpoint's folder."""
         bury(self, {p for p in self.parts() if p[0] == "training actor"})
         self.trainers = [self.new_trainer(i, folder, "auto") for i in range(self.config.num_gpus)]
-        reports = self.on_trainers("report_device_id")
-        self.watch.add(
-            [(("training actor", i), f"training actor {i}", t["pid"], t["gpu"]) for i, t in enumerate(reports)]
-        )
+        self.watch_trainers(self.on_trainers("report_device_id"))
         self.build_learners(folder)
 
     def rebuild_engines(self, indices: list[int]) -> None:
@@ -987,20 +988,14 @@ class Colocation:
         broken = {m.part for m in self.watch.members if m.state()}
         asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
         ray.wait(asked, num_returns=len(asked), timeout=10) if asked else None
-        for member in self.watch.of(broken):  # a stopped process hears no signal but this
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.process.kill()
+        kill([m.process for m in self.watch.of(broken)])  # a stopped one hears nothing else
         for actor in [*self.engines, *self.trainers]:
             ray.kill(actor)
         if self.group:
             ray.util.remove_placement_group(self.group)
         ray.shutdown()
-        for process in psutil.wait_procs(processes, timeout=10)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file)
+        kill(psutil.wait_procs(processes, timeout=10)[1])
+        remove(files)
 
 
 class SabotagedColocation(Colocation):

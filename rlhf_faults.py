@@ -38,6 +38,10 @@ def part_name(part: Part) -> str:
     return f"{part[0]} {part[1]}"
 
 
+def names(parts) -> str:
+    return " and ".join(map(part_name, sorted(parts)))
+
+
 class Lost(Stop):
     """Parts of the layout that have died, or did not answer in time; the run can go on without them."""
 
@@ -110,7 +114,7 @@ class Watch:
         """The members whose state says why; all of them if none does."""
         members = self.of(parts)
         telling = [f"{m} {m.state()}" for m in members if m.state()]
-        return ", ".join(telling or map(str, members)) or ", ".join(map(part_name, sorted(parts)))
+        return ", ".join(telling or map(str, members)) or names(parts)
 
 
 def shared_memory_files(pid: int) -> set[str]:
@@ -144,27 +148,28 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     else:
         text = ""
     if lost := find_lost(colocation) if text else watch.ended():
-        raise Lost(lost, f"{what}: lost {' and '.join(map(part_name, sorted(lost)))}: {watch.describe(lost)}")
+        raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}")
     answered = [bool(ray.wait([ref], timeout=0)[0]) for ref in refs]
     if text:
-        failed = [p for p, ref, done in zip(parts, refs, answered, strict=True) if done and _failed(ref)]
-        raise Stop(f"{' and '.join(map(part_name, failed)) or what} ({what}): {text}")
+        failed = [p for p, ref, done in zip(parts, refs, answered, strict=True) if done and error_of(ref)]
+        raise Stop(f"{names(failed) or what} ({what}): {text}")
     late = {part for part, done in zip(parts, answered, strict=True) if not done}
     stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
     late = stopped or late
-    found = f"no answer from {' and '.join(map(part_name, sorted(late)))} within {seconds:g} s: {watch.describe(late)}"
+    found = f"no answer from {names(late)} within {seconds:g} s: {watch.describe(late)}"
     flag = f"--stage-timeout {stage}=" if stage in STAGES else "--timeout "
     raise Lost(late, f"{what}: {found}; to wait longer, type {flag}{2 * seconds:g}")
 
 
-def _failed(ref) -> bool:
+def error_of(ref) -> Exception | None:
+    """What a call that is over has raised."""
     import ray
 
     try:
-        ray.get(ref, timeout=0)
-    except ray.exceptions.RayError:
-        return True
-    return False
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
 
 
 def explain(error) -> str:
@@ -185,23 +190,24 @@ def explain(error) -> str:
     return " ".join(text.split())
 
 
-def find_lost(colocation: Colocation, patience: float = 2.0) -> set[Part]:
-    """Parts with an ended process, and those that Ray knows to be dead; not a busy one, nor one being replaced."""
+def find_lost(colocation: Colocation) -> set[Part]:
+    """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost."""
+    ended = colocation.watch.ended()
+    return ended | ping(colocation, patience=2.0, but=ended)[0]
+
+
+def ping(colocation: Colocation, patience: float, but: set[Part]) -> tuple[set[Part], set[Part]]:
+    """(parts that Ray knows to be dead, parts that do not answer within `patience` seconds): of all those `but` some,
+    and but those that are being replaced."""
     import ray
 
-    lost = colocation.watch.ended()
-    asked = {
-        a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in lost | colocation.watch.gone
-    }
-    answered = ray.wait(list(asked), num_returns=len(asked), timeout=patience)[0] if asked else []
-    for ref in answered:
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayActorError:
-            lost.add(asked[ref])
-        except ray.exceptions.RayError:  # it answered, if only with an error
-            pass
-    return lost
+    but = but | colocation.watch.gone
+    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in but}
+    if not asked:
+        return set(), set()
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience)
+    dead = {asked[ref] for ref in answered if isinstance(error_of(ref), ray.exceptions.RayActorError)}
+    return dead, {asked[ref] for ref in silent}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,8 +245,9 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
 
 
 def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dict, dict[str, str]]:
-    parts = lost.parts | find_lost(colocation) | colocation.watch.gone
-    parts |= unresponsive(colocation, parts)
+    parts = lost.parts | colocation.watch.ended() | colocation.watch.gone
+    dead, silent = ping(colocation, PING_S, but=parts)
+    parts |= dead | silent  # the silent: stuck with the dead in a collective operation, most likely
     bury(colocation, parts)
     trainers = {p for p in parts if p[0] == "training actor"}
     engines = {p for p in parts if p[0] == "engine"}
@@ -262,7 +269,7 @@ def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dic
             colocation.rebuild_trainers(folder)
     if engines:
         check_shared_memory(colocation.config, FAIL)
-        say(f"rebuilding {' and '.join(map(part_name, sorted(engines)))}")
+        say(f"rebuilding {names(engines)}")
         colocation.rebuild_engines(sorted(i for _, i in engines))
     colocation.state = "ready"
     colocation.on_trainers("restore", version)
@@ -275,16 +282,6 @@ def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dic
     return push, digests
 
 
-def unresponsive(colocation: Colocation, parts: set[Part]) -> set[Part]:
-    """Of the other parts, those that do not answer: stuck with the dead in a collective operation, most likely."""
-    import ray
-
-    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in parts}
-    if not asked:
-        return set()
-    return {asked[ref] for ref in ray.wait(list(asked), num_returns=len(asked), timeout=PING_S)[1]}
-
-
 def bury(colocation: Colocation, parts: set[Part]) -> None:
     """End what is left of these parts, and give back their GPU memory and their files in /dev/shm."""
     import psutil
@@ -295,16 +292,27 @@ def bury(colocation: Colocation, parts: set[Part]) -> None:
     processes = [m.process for m in watch.of(parts) if m.process]
     for part in parts:
         ray.kill(colocation.parts()[part])
-    for process in processes:  # Ray asks a worker to leave first, and a stopped one never hears it
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(processes)  # Ray asks a worker to leave first, and a stopped one never hears it
     psutil.wait_procs(processes, timeout=PING_S)
     kept = {f for m in watch.members if m.part not in parts for f in shared_memory_files(m.pid)}
     for part in parts:
-        for file in watch.files.pop(part, set()) - kept:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file)
+        remove(watch.files.pop(part, set()) - kept)
         watch.drop(part)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL, for which nothing is too stuck."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def remove(files: set[str]) -> None:
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)
 
 
 def rescue(colocation: Colocation, lost: set[Part], scratch: Path) -> tuple[Path, str]:

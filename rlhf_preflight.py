@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from rlhf_report import Log
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
-STAGES = (
-    *("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint"),
-    "recover",
-)  # that wait for actors
+# Stages that wait for actors.
+STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint", "recover")
 LONGEST_PROMPT = 48  # tokens, of those that the script brings along
 DEFAULT_MODEL = "facebook/opt-125m"
 # transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture.
@@ -88,16 +86,15 @@ def check_layout(config: Config) -> None:
 
 def stage_timeouts(config: Config) -> dict[str, float]:
     """{stage: seconds} of --stage-timeout. Raises Stop(USAGE) for what is not of the form push=5,rollout=60."""
-    limits = {}
+    limits, needed = {}, f"STAGE=SECONDS[,...] with a stage of {', '.join(STAGES)}"
     for part in filter(None, (config.stage_timeout or "").split(",")):
-        stage, _, seconds = part.partition("=")
-        needed = f"STAGE=SECONDS[,...] with a stage of {', '.join(STAGES)}"
-        try:
-            limits[stage.strip()] = float(seconds)
-        except ValueError:
-            limits[stage.strip()] = 0.0
-        ok = stage.strip() in STAGES and limits[stage.strip()] > 0
+        stage, _, text = part.partition("=")
+        stage, seconds = stage.strip(), 0.0
+        with contextlib.suppress(ValueError):
+            seconds = float(text)
+        ok = stage in STAGES and seconds > 0
         require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60", USAGE)
+        limits[stage] = seconds
     return limits
 
 

@@ -14,7 +14,6 @@ Copy this file into your trainer as it is: it imports torch, and vLLM and Ray in
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import time
@@ -626,39 +625,20 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
 def call_workers(llm, method: str, *args) -> list:
     """Call a method of `ColocateWorkerExtension` on all workers of a `vllm.LLM`; their results in rank order.
 
-    Raises HandleError or RuntimeError with what the ranks' exceptions said, once all of them have replied.
+    Raises HandleError or RuntimeError with what the ranks' exceptions said, once all of them have replied. Where a
+    worker raises, vLLM's collective_rpc raises too, but leaves the replies of the ranks after it in their queues, and
+    takes them for those to the next call: so each worker catches its exception and replies with it.
+    https://github.com/vllm-project/vllm/blob/main/vllm/v1/executor/multiproc_executor.py
     """
-    replies = llm.collective_rpc(method, args=args)
-    failed = {rank: r for rank, r in enumerate(replies) if isinstance(r, dict) and "error" in r}
+    replies = llm.collective_rpc("reply_to_call", args=(method, *args))
+    failed = {rank: r for rank, r in enumerate(replies) if "error" in r}
     if failed:
         ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
         for rank, reply in failed.items():
             ranks.setdefault(reply["error"], []).append(str(rank))
         kind = HandleError if all(r["kind"] == "HandleError" for r in failed.values()) else RuntimeError
         raise kind("; ".join(f"rank {' and '.join(who)}: {text}" for text, who in ranks.items()))
-    return replies
-
-
-def replied(method):
-    """Let a worker reply with its exception, for `call_workers` to raise.
-
-    Raised in the worker, it would reach the caller as well, but vLLM's collective_rpc then leaves the replies of the
-    ranks after it in their queues, and takes them for those to the next call:
-    https://github.com/vllm-project/vllm/blob/main/vllm/v1/executor/multiproc_executor.py
-    """
-
-    @functools.wraps(method)
-    def reply(self, *args):
-        try:
-            return method(self, *args)
-        except Exception as error:
-            kind = type(error).__name__
-            return {
-                "error": str(error) if kind in ("HandleError", "RuntimeError") else f"{kind}: {error}",
-                "kind": kind,
-            }
-
-    return reply
+    return [r["result"] for r in replies]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,6 +656,15 @@ class ColocateWorkerExtension:
 
     _plan: CopyPlan | None = None  # set while connected
 
+    def reply_to_call(self, method: str, *args) -> dict:
+        """What `call_workers` calls: {"result"}, or {"error", "kind"} of the exception."""
+        try:
+            return {"result": getattr(self, method)(*args)}
+        except Exception as error:
+            kind = type(error).__name__
+            text = str(error) if kind in ("HandleError", "RuntimeError") else f"{kind}: {error}"
+            return {"error": text, "kind": kind}
+
     def report_device_id(self) -> dict:
         return {
             "gpu": device_uuid(self.device),
@@ -685,7 +674,6 @@ class ColocateWorkerExtension:
             "bytes": sum(p.nbytes for p in self.get_model().parameters()),
         }
 
-    @replied
     def update_weights_from_ipc_handles(self, messages: dict) -> dict:
         """Load the weights behind the handles: the simple way, and the reference for `push_weights`.
 
@@ -709,7 +697,6 @@ class ColocateWorkerExtension:
             "load_ms": 1e3 * (time.perf_counter() - opened),
         }
 
-    @replied
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good and record how vLLM's loaders bring them in, once per trainer and engine.
 
@@ -740,7 +727,6 @@ class ColocateWorkerExtension:
             "record_ms": 1e3 * (time.perf_counter() - opened),
         }
 
-    @replied
     def push_weights(self, version: int) -> dict:
         """Replay the recorded copies. Returns {"version", "bytes", "copy_ms"}, bytes as written to parameters.
 
@@ -752,7 +738,6 @@ class ColocateWorkerExtension:
         self._plan.push(version)
         return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
 
-    @replied
     def disconnect_weights(self) -> None:
         """Forget the plan and unmap the trainer's weights. Harmless when there is no connection."""
         if self._plan is not None:
@@ -766,7 +751,6 @@ class ColocateWorkerExtension:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
-    @replied
     def verify_weights(self, messages: dict, digests: dict) -> dict:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
 
@@ -802,20 +786,17 @@ class ColocateWorkerExtension:
             wrong[r.parameter] += same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
         return checked, dict(+wrong)
 
-    @replied
     def record_weights(self) -> int:
         """Remember a digest of every parameter for `check_weights_changed`. Returns how many there are."""
         self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
         return len(self._recorded)
 
-    @replied
     def check_weights_changed(self) -> bool:
         """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
         if not hasattr(self, "_recorded"):
             raise RuntimeError("found no record of the old weights, needed record_weights() before the push")
         return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
 
-    @replied
     def corrupt_weights(self, messages: dict, fault: str) -> str:
         """Damage this worker's weights as a broken push would, on tensor-parallel rank 0. For the negative controls."""
         if self.rank != 0:

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import rlhf_colocate as rc  # noqa: E402
 import rlhf_utils  # noqa: E402
-from rlhf_preflight import FAIL, MISSING, PASS  # noqa: E402
+from rlhf_preflight import FAIL, MISSING, PASS, find_gpus  # noqa: E402
 
 TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
 ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")
 DEADLINE_S = 4  # where a drill sets one
+RUN_LIMIT_S = 570
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Drill:
     expected: str
     moment: str
     says: str  # regular expression of the line that must follow the fault
-    run: str  # drills of one run share its name
+    run: str = ""  # drills of one run share its name; "": it has a run of its own
     code: int = PASS
     gpu: bool = False
 
@@ -129,7 +131,6 @@ DRILLS = {
         expected="the push is refused",
         moment="rollout",
         says=r"FAIL: engine 0 \(push_weights\): HandleError: .*found the trainer's weights at version",
-        run="stale-handle",
         code=FAIL,
     ),
     "no-restarts": Drill(
@@ -137,7 +138,6 @@ DRILLS = {
         expected="the run ends",
         moment="rollout",
         says="FAIL: .*lost training actor 1: training actor 1 " + ENDED,
-        run="no-restarts",
         code=FAIL,
     ),
     "last-trainer": Drill(
@@ -145,7 +145,6 @@ DRILLS = {
         expected="the run says that the state is gone, and ends",
         moment="rollout",
         says="FAIL: no training actor is left, and no checkpoint was written",
-        run="last-trainer",
         code=FAIL,
     ),
     "last-trainer-checkpoint": Drill(
@@ -153,14 +152,12 @@ DRILLS = {
         expected="a new one goes on from the checkpoint",
         moment="learn",
         says=LOST + "lost training actor 0: training actor 0 " + ENDED,
-        run="last-trainer-checkpoint",
     ),
     "nan-gradient": Drill(
         fault="a reward that is NaN",
         expected="the step is refused, with the weights unchanged",
         moment="learn",
         says="FAIL: .*found a gradient norm of nan",
-        run="nan-gradient",
         code=FAIL,
     ),
     "nan-weight": Drill(
@@ -168,7 +165,6 @@ DRILLS = {
         expected="the weight is named, and the push refused",
         moment="check_replicas",
         says=r"FAIL: .*found NaN or Inf in \S+; needed finite weights: push refused",
-        run="nan-weight",
         code=FAIL,
     ),
     "drifted-replicas": Drill(
@@ -176,7 +172,6 @@ DRILLS = {
         expected="the weight is named, and the push refused",
         moment="check_replicas",
         says="FAIL: replicas: the trainers' weights differ, push refused: .*embed",
-        run="drifted-replicas",
         code=FAIL,
     ),
     "corrupt-handle": Drill(
@@ -184,7 +179,6 @@ DRILLS = {
         expected="refused, before anything is overwritten",
         moment="handles",
         says="FAIL: .*HandleError: ",
-        run="corrupt-handle",
         code=FAIL,
     ),
     "full-shm-start": Drill(
@@ -192,7 +186,6 @@ DRILLS = {
         expected="refused before anything starts, with what to type",
         moment="",
         says=r"error: found \d+ MiB free in /dev/shm; needed .*; type mount",
-        run="full-shm-start",
         code=MISSING,
     ),
     "full-shm": Drill(
@@ -200,7 +193,6 @@ DRILLS = {
         expected="the engine dies of it, its queues being there; the run says what it needs to rebuild it, and ends",
         moment="rollout",
         says=r"FAIL: found \d+ MiB free in /dev/shm; needed .*; type mount",
-        run="full-shm",
         code=FAIL,
     ),
     "oom-wake": Drill(
@@ -208,7 +200,6 @@ DRILLS = {
         expected="the run says so, with what to type, and ends",
         moment="wake_up",
         says="FAIL: .*out of GPU memory at wake-up: .*type ",
-        run="oom-wake",
         code=FAIL,
         gpu=True,
     ),
@@ -222,7 +213,6 @@ FLAGS = {
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
     "drifted-replicas": [*TWO, "--steps", "2"],
     "corrupt-handle": [*ONE, "--steps", "0"],
-    "oom-wake": [*ONE, "--steps", "3"],
 }
 
 
@@ -236,7 +226,6 @@ class DrilledWorker(rlhf_utils.ColocateWorkerExtension):
         """Let the last rank's next push wait for two seconds, or fail."""
         self._disturbance = kind if self.rank == self.parallel_config.tensor_parallel_size - 1 else ""
 
-    @rlhf_utils.replied
     def push_weights(self, version: int) -> dict:
         kind, self._disturbance = getattr(self, "_disturbance", ""), ""
         if kind == "wait":
@@ -377,13 +366,16 @@ def fill(path: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gpu_used_mib() -> list[int]:
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(x) for x in out.split()]
+def runs(names: Iterable[str]) -> dict[str, list[str]]:
+    """{run: the drills in it}."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(DRILLS[name].run or name, []).append(name)
+    return found
+
+
+def gpu_used_mib() -> float:
+    return sum(gpu["total"] - gpu["free"] for gpu in find_gpus())
 
 
 def processes_with(mark: str) -> list[str]:
@@ -398,7 +390,7 @@ def processes_with(mark: str) -> list[str]:
     return found
 
 
-def play(names: list[str], flags: list[str], timeout: float) -> tuple[list[dict], dict]:
+def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
     """One run with these drills. Returns a row for each, and the script's own report."""
     mark, shm, gpu = uuid.uuid4().hex, set(os.listdir("/dev/shm")), gpu_used_mib()
     lines: list[tuple[float, str]] = []
@@ -416,7 +408,7 @@ def play(names: list[str], flags: list[str], timeout: float) -> tuple[list[dict]
         env["TMPDIR"] = str(folder)
         start, options = time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, env=env, start_new_session=True, **options) as process:
-            alarm = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
+            alarm = threading.Timer(RUN_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
             alarm.start()
             try:
                 for line in process.stdout:
@@ -432,24 +424,25 @@ def play(names: list[str], flags: list[str], timeout: float) -> tuple[list[dict]
         time.sleep(1)
         temporary = [f for f in os.listdir(folder) if f.startswith("rlhf-colocate")]
         done = json.loads(report.read_text()) if report.exists() else {}
-    more = sum(gpu_used_mib()) - sum(gpu)
     left = {"processes": processes_with(mark), "/dev/shm": sorted(set(os.listdir("/dev/shm")) - shm)}
-    left |= {"temporary files": temporary, "GPU MiB": max(0, more)}
-    losses = {line: loss for loss in done.get("losses", []) for _, line in lines if line.endswith(loss["message"])}
-    rows = []
-    for name in names:
-        drill = DRILLS[name]
-        struck = max((at for at, line in lines if f"[drill] {name}: " in line), default=None if drill.moment else start)
-        seen = next(((at, line) for at, line in lines if struck and at > struck and re.search(drill.says, line)), None)
-        row = {"drill": name, "fault": drill.fault, "expected": drill.expected, "exit_code": code}
-        row |= {"seen": re.sub(r"^ *[\d.]+s ", "", seen[1]) if seen else None}
-        row |= {"seconds_to_message": round(seen[0] - struck, 2) if seen else None}
-        row |= {"recovered_s": losses.get(seen[1], {}).get("seconds") if seen else None}
-        row |= {"left_behind": left, "run_s": round(seconds, 1)}
-        recovers = drill.says.startswith(LOST)
-        ok = bool(seen) and code == drill.code and not any(left.values()) and (not recovers or bool(row["recovered_s"]))
-        rows.append(row | {"ok": ok})
-    return rows, done
+    left |= {"temporary files": temporary, "GPU MiB": max(0, gpu_used_mib() - gpu)}
+    common = {"exit_code": code, "left_behind": left, "run_s": round(seconds, 1)}
+    return [outcome(name, lines, start, done.get("losses", []), common) for name in names], done
+
+
+def outcome(name: str, lines: list[tuple[float, str]], start: float, losses: list[dict], common: dict) -> dict:
+    """What a drill came to. lines: of the run's output, with the time of each; common: what holds for the whole run."""
+    drill = DRILLS[name]
+    struck = max((at for at, line in lines if f"[drill] {name}: " in line), default=None if drill.moment else start)
+    row = {"drill": name, "fault": drill.fault, "expected": drill.expected, "exit_code": common["exit_code"]}
+    row |= {"seen": None, "seconds_to_message": None, "recovered_s": None} | common
+    for at, line in lines:
+        if struck and at > struck and re.search(drill.says, line):
+            row |= {"seen": re.sub(r"^ *[\d.]+s ", "", line), "seconds_to_message": round(at - struck, 2)}
+            row["recovered_s"] = next((x.get("seconds") for x in losses if line.endswith(x["message"])), None)
+            break
+    ok = bool(row["seen"]) and row["exit_code"] == drill.code and not any(row["left_behind"].values())
+    return row | {"ok": ok and bool(row["recovered_s"] or not drill.says.startswith(LOST))}
 
 
 def main() -> int:
@@ -462,16 +455,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
     if unknown := [n for n in args.drills if n not in DRILLS]:
         parser.error(f"no drill {', '.join(unknown)}; --help lists them")
-    gpus = gpu_used_mib()
-    chosen = [n for n in args.drills or DRILLS if args.drills or gpus or not DRILLS[n].gpu]
-    runs: dict[str, list[str]] = {}
-    for name in chosen:
-        runs.setdefault(DRILLS[name].run, []).append(name)
     rows, report = [], {}
-    for run, names in runs.items():
+    for run, names in runs(args.drills or [n for n in DRILLS if find_gpus() or not DRILLS[n].gpu]).items():
         print(f"{run}: {', '.join(names)}", flush=True)
-        own = FLAGS.get(run, [*ONE, "--steps", "3"])
-        new, done = play(names, [*own, *flags], timeout=570)
+        new, done = play(names, [*FLAGS.get(run, [*ONE, "--steps", "3"]), *flags])
         report |= {k: done[k] for k in ("versions", "hardware") if done.get(k)}
         rows += new
         for row in new:

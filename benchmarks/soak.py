@@ -121,11 +121,9 @@ def main() -> int:
     }
     Path(args.output).write_text(json.dumps(report | done, indent=1) + "\n")
     for kind in ("pushes", "steps"):
-        rc.print_table(
-            [f"slope per {kind[:-1] if kind == 'steps' else 'push'}", "mean", "95 % from", "to", "at the end"],
-            [[k, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"]
-             for k, s in done[kind]["slopes"].items()],
-        )  # fmt: skip
+        found = done[kind]["slopes"].items()
+        rows = [[what, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"] for what, s in found]
+        rc.print_table([kind, "slope", "95 % from", "to", "at the end"], rows)
     return 0
 
 

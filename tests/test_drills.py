@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from test_script import shape
 
-from benchmarks.drills import DEADLINE_S, DRILLS
+from benchmarks.drills import DEADLINE_S, DRILLS, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
 TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
-RUNS = list(dict.fromkeys(d.run for d in DRILLS.values() if not d.gpu))
+RUNS = runs(name for name, drill in DRILLS.items() if not drill.gpu)
 
 
 def can_mount() -> bool:
@@ -27,7 +27,7 @@ def can_mount() -> bool:
 def test_drills(tmp_path, run):
     if run.startswith("full-shm") and not can_mount():
         pytest.skip("a full /dev/shm needs the right to mount one")
-    names, output = [n for n, d in DRILLS.items() if d.run == run], tmp_path / "drills.json"
+    names, output = RUNS[run], tmp_path / "drills.json"
     command = [sys.executable, str(ROOT / "benchmarks/drills.py"), *names, "--output", str(output)]
     options = [*shape(tmp_path, **TINY), "--max-tokens", "64"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)

@@ -14,7 +14,7 @@ import rlhf_colocate as rc
 from benchmarks.soak import slope
 from rlhf_faults import Watch
 from rlhf_preflight import USAGE, Stop, stage_timeouts
-from rlhf_utils import HandleError, call_workers, replied
+from rlhf_utils import ColocateWorkerExtension, HandleError, call_workers
 
 
 def test_stage_timeouts():
@@ -52,6 +52,18 @@ def test_the_watch_tells_who_is_stopped_and_who_has_ended(sleeper):
     assert not watch.ended() and watch.describe({part}) == "engine 0"
 
 
+class Rank(ColocateWorkerExtension):
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def push_weights(self, version: int) -> dict:
+        if self.error:
+            raise self.error
+        return {"version": version}
+
+    verify_weights = push_weights
+
+
 class Workers:
     """What vLLM does with a collective_rpc, with ranks that fail."""
 
@@ -59,13 +71,7 @@ class Workers:
         self.errors = errors
 
     def collective_rpc(self, method, args):
-        @replied
-        def call(error):
-            if error:
-                raise error
-            return {"version": args[0]}
-
-        return [call(error) for error in self.errors]
+        return [getattr(Rank(error), method)(*args) for error in self.errors]
 
 
 def test_the_errors_of_all_ranks_reach_the_caller():
