@@ -137,7 +137,9 @@ class Config:
     seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
     inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
-    metrics: str | None = flag(None, "append one JSON line per RLHF step to this file")
+    metrics: str | None = flag(
+        None, "append one JSON line per RLHF step to this file, and one per loss: what follows replaces later steps"
+    )
     plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
@@ -419,17 +421,19 @@ class MyLLM:
     @traced
     def wake_up(self, tag: str) -> None:
         """Take memory again: "weights" (after level 2 their content is undefined until a push), then "kv_cache"."""
-        self.llm.wake_up(tags=[tag])
-        self.asleep.discard(tag)
+        if tag in self.asleep:
+            self.llm.wake_up(tags=[tag])
+            self.asleep.discard(tag)
 
-    def stand_by(self, disconnect: bool) -> None:
-        """Awake, but not to be used before a push, whatever went on before: where a recovery starts."""
+    def stand_by(self, level: int) -> None:
+        """Not connected, and not to be used before a push, whatever went on before: where a recovery starts.
+
+        level: how to sleep meanwhile if it is awake, 0 for not at all.
+        """
         self.version = None
-        if disconnect:
-            self.collective_rpc("disconnect_weights")
-        for tag in ("weights", "kv_cache"):
-            if tag in self.asleep:
-                self.wake_up(tag)
+        self.collective_rpc("disconnect_weights")
+        if level and not self.asleep:
+            self.sleep(level)
 
     def _require_whole_weights(self) -> None:
         found = ["no whole push in it"] * (self.version is None) + [f"its {tag} asleep" for tag in sorted(self.asleep)]
@@ -551,6 +555,7 @@ TRANSITIONS = {
     ("ready", "sleep"): "asleep",
     ("asleep", "learn"): "asleep",
     ("asleep", "wake weights"): "weights awake",
+    ("weights awake", "connect"): "weights awake",
     ("weights awake", "push"): "weights pushed",
     ("weights pushed", "wake kv_cache"): "ready",
 }
@@ -725,6 +730,7 @@ class Colocation:
         self.trainers = [self.new_trainer(i, folder, "auto") for i in range(self.config.num_gpus)]
         self.watch_trainers(self.on_trainers("report_device_id"))
         self.build_learners(folder)
+        self.watch.gone -= {p for p in self.parts() if p[0] == "training actor"}
 
     def rebuild_engines(self, indices: list[int]) -> None:
         """Replace these engines, which are gone, on the same bundles. Raises Stop if the new ones land elsewhere."""
@@ -734,6 +740,7 @@ class Colocation:
         for e, workers in zip(indices, self.build_engines([self.engines[e] for e in indices]), strict=True):
             if (found := [w["gpu"] for w in workers]) != self.engine_gpus[e]:
                 raise Stop(f"placement: engine {e} came back on {found}, needed {self.engine_gpus[e]}")
+        self.watch.gone -= {("engine", e) for e in indices}
 
     def parts(self) -> dict:
         """{("training actor", i) or ("engine", e): the Ray actor}."""
@@ -869,6 +876,7 @@ class Colocation:
         """Write a checkpoint; an older one there is replaced once the new one is complete."""
         folder = folder.resolve()
         new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+        shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
         new.mkdir()
         try:
             self.ask(self.trainers[:1], "save", str(new))
@@ -1180,7 +1188,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
 
     Raises Stop when the trainers' log-probabilities of what was sampled are far from the sampler's, and when an element
     of the engines' weights is wrong after the first step (its push is the first after a sleep) or after the last.
-    A loss of actors ends in the same state as the step's end (see rlhf_faults.recover): a step that the trainers had
+    A loss of actors ends in the same state as a step's push (see rlhf_faults.recover): a step that the trainers had
     done goes on from there, one that they had not is done again.
     """
     import rlhf_grpo
@@ -1194,6 +1202,11 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
         with colocation.stage(name, seconds):
             yield
 
+    def note(line: dict) -> None:
+        if config.metrics:
+            with open(config.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
     def save_if_due(step: int) -> None:
         if config.checkpoint and (step == last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
             with phase("checkpoint"):
@@ -1201,48 +1214,49 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
 
     colocation.on_trainers("restore", version)  # take the proof's noise back
     colocation.push(version)
-    step = done + 1
+    step, trained = done + 1, done
     while step <= last:
-        seconds.clear()
-        memory: list[float] = []
-        prompts = step_prompts(config, colocation, step)
         try:
-            with phase("rollout"):
-                samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
-            memory.append(colocation.gpu_used_gib())
-            with phase("sleep"):
-                colocation.sleep()
-            memory.append(colocation.gpu_used_gib())
-            with phase("reward"):
-                for i, sample in enumerate(samples):
-                    sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                    sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
-                rewards = [s["reward"] for s in samples]
-                for sample, advantage in zip(samples, rlhf_grpo.advantages(rewards, config.group_size), strict=True):
-                    sample["advantage"] = advantage
-            with phase("train"):
-                version += 1
-                metrics = colocation.learn(samples, version)
-                digests = colocation.check_replicas()
-            with phase("wake"):
-                colocation.wake_up("weights")
-            with phase("push"):
-                push = colocation.push(version)
-            with phase("wake KV"):
-                colocation.wake_up("kv_cache")
+            if trained < step:
+                seconds.clear()
+                memory: list[float] = []
+                prompts = step_prompts(config, colocation, step)
+                with phase("rollout"):
+                    samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
+                memory.append(colocation.gpu_used_gib())
+                with phase("sleep"):
+                    colocation.sleep()
+                memory.append(colocation.gpu_used_gib())
+                with phase("reward"):
+                    for i, sample in enumerate(samples):
+                        sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
+                        sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
+                    rewards = [s["reward"] for s in samples]
+                    shares = rlhf_grpo.advantages(rewards, config.group_size)
+                    samples = [s | {"advantage": a} for s, a in zip(samples, shares, strict=True)]
+                with phase("train"):
+                    version += 1
+                    metrics = colocation.learn(samples, version)
+                    digests = colocation.check_replicas()
+                with phase("wake"):
+                    colocation.wake_up("weights")
+                with phase("push"):
+                    push = colocation.push(version)
+                with phase("wake KV"):
+                    colocation.wake_up("kv_cache")
+                trained = step
             if step in (done + 1, last):
                 with colocation.stage("verify"):
                     elements = colocation.require_elements(digests, f"step {step}")
                 log("verify", f"step {step}: {elements} parameter elements equal the trainers' bit for bit")
             save_if_due(step)
         except Lost as lost:
-            with phase("recover"):
-                version, push, digests, steps, metrics = recover(colocation, lost, version, losses, log)
-            if steps != step:  # not trained yet, or the trainers went back to a checkpoint: go on from where they are
-                rows[:] = [row for row in rows if row["step"] <= steps]
-                step = steps + 1
-                continue
-            save_if_due(step)
+            version, push, digests, trained, metrics = recover(colocation, lost, version, losses, log)
+            if trained < step:  # not trained yet, or the trainers went back to a checkpoint
+                rows[:] = [row for row in rows if row["step"] <= trained]
+                step = trained + 1
+            note({"lost": losses[-1]["lost"], "back_to_step": step})
+            continue
         if not metrics["logprob_gap"] <= config.logprob_tolerance:
             gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
             raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
@@ -1253,9 +1267,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
         row |= {"seconds": dict(seconds), "best": best["completion"]}
         rows.append(row | {"weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]})
         log("step", describe_step(row, last))
-        if config.metrics:
-            with open(config.metrics, "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+        note(rows[-1])
         step += 1
 
 

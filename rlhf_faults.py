@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rlhf_report import Log
 
 Part = tuple[str, int]  # ("training actor", 2) or ("engine", 0)
-PING_S = 10.0  # for a healthy process that has nothing else to do
+PING_S = 10.0  # enough for whoever is not stuck
 
 
 def part_name(part: Part) -> str:
@@ -82,7 +82,7 @@ class Watch:
 
     def __init__(self):
         self.members: list[Member] = []
-        self.gone: set[Part] = set()  # ended by `bury`, and not yet replaced
+        self.gone: set[Part] = set()  # ended by `bury`; whoever replaces them is not ready yet
         self.files: dict[Part, set[str]] = {}  # in /dev/shm: those who could name them may be gone when it matters
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
@@ -90,7 +90,6 @@ class Watch:
         import psutil
 
         ours = {p.pid: p for p in psutil.Process().children(recursive=True)}
-        self.gone -= {part for part, *_ in found}
         self.members += [Member(part, role, pid, gpu, ours.get(pid)) for part, role, pid, gpu in found]
         self.note_files()
 
@@ -129,8 +128,9 @@ def shared_memory_files(pid: int) -> set[str]:
 def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -> list:
     """ray.get with the stage's deadline, one part per reference. The actor's own error in place of Ray's traceback.
 
-    Raises Lost for parts that died or are late, and Stop for one whose method raised. Once a second it looks for itself
-    whether all processes live: nobody tells the driver that a worker of vLLM's has died until vLLM gives up.
+    Raises Lost for parts that died or are late, and Stop for one whose method or constructor raised. Once a second it
+    looks for itself whether all processes live: nobody tells the driver that a worker of vLLM's has died until vLLM
+    gives up.
     """
     import ray
 
@@ -147,13 +147,18 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
         text = explain(error)
     else:
         text = ""
-    if lost := find_lost(colocation) if text else watch.ended():
-        raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}")
-    answered = [bool(ray.wait([ref], timeout=0)[0]) for ref in refs]
+    answered = {part: error_of(ref) for part, ref in zip(parts, refs, strict=True) if ray.wait([ref], timeout=0)[0]}
+    failed = {part for part, error in answered.items() if error}
+    unborn = {part for part in failed if getattr(answered[part], "actor_init_failed", False)}
+    died = {part for part in failed - unborn if isinstance(answered[part], ray.exceptions.RayActorError)}
+    if unborn:  # its constructor raised: another one's would, too
+        raise Stop(f"{names(unborn)} ({what}): {explain(answered[min(unborn)])}")
+    if lost := died | (find_lost(colocation) if text else watch.ended()):
+        known = not text or "connection error code" in text  # Ray's words for a process that has ended
+        raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if known else f" ({text})"))
     if text:
-        failed = [p for p, ref, done in zip(parts, refs, answered, strict=True) if done and error_of(ref)]
         raise Stop(f"{names(failed) or what} ({what}): {text}")
-    late = {part for part, done in zip(parts, answered, strict=True) if not done}
+    late = set(parts) - answered.keys()
     stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
     late = stopped or late
     found = f"no answer from {names(late)} within {seconds:g} s: {watch.describe(late)}"
@@ -180,10 +185,14 @@ def explain(error) -> str:
     while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
         cause = cause.cause
     text = str(cause).strip()
-    if inner := re.search(r"Worker failed with error '(.*)', please check the stack trace", text, re.DOTALL):
-        text = inner[1]  # vLLM's wrapping of an error in a worker
+    for wrapping in (
+        r"Worker failed with error '(.*)', please check the stack trace",  # vLLM's, of an error in a worker
+        r"Worker exit detail: (.*?)(?: Some common causes| There are some potential|$)",  # Ray's, of a dead process
+    ):
+        if inner := re.search(wrapping, text, re.DOTALL):
+            text = inner[1]
     text = f"{type(cause).__name__}: {text}"
-    if "Traceback" in text:  # of another process: keep what its exception says
+    if "Traceback" in text or "ray::" in text:  # of another process: keep what its exception says
         lines = text.splitlines()
         first = max(i for i, line in enumerate(lines) if i == 0 or re.match(r"[\w.]+(Error|Exception)\b", line))
         text = "\n".join(lines[first:])
@@ -193,19 +202,21 @@ def explain(error) -> str:
 def find_lost(colocation: Colocation) -> set[Part]:
     """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost."""
     ended = colocation.watch.ended()
-    return ended | ping(colocation, patience=2.0, but=ended)[0]
+    return ended | ping(colocation, set(colocation.parts()) - ended, patience=2.0)[0]
 
 
-def ping(colocation: Colocation, patience: float, but: set[Part]) -> tuple[set[Part], set[Part]]:
-    """(parts that Ray knows to be dead, parts that do not answer within `patience` seconds): of all those `but` some,
-    and but those that are being replaced."""
+def ping(colocation: Colocation, parts: set[Part], patience: float) -> tuple[set[Part], set[Part]]:
+    """(those of the parts that Ray knows to be dead, those that do not answer within `patience` seconds).
+
+    Parts that are being replaced are not asked.
+    """
     import ray
 
-    but = but | colocation.watch.gone
-    asked = {a.__ray_ready__.remote(): p for p, a in colocation.parts().items() if p not in but}
+    actors = colocation.parts()
+    asked = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.gone}
     if not asked:
         return set(), set()
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience)
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=max(0.0, patience))
     dead = {asked[ref] for ref in answered if isinstance(error_of(ref), ray.exceptions.RayActorError)}
     return dead, {asked[ref] for ref in silent}
 
@@ -222,32 +233,51 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
     Returns (version, what `Colocation.push` and `Colocation.check_replicas` do, steps done, the last step's metrics).
     Raises Stop if there was a loss too many, or the trainers' state is lost with them.
     """
-    allowed = colocation.config.max_restarts
-    while True:
-        if len(losses) >= allowed:
-            more = f"; {allowed} of --max-restarts {allowed} are used up" if allowed else ""
-            raise Stop(f"{lost}{more}") from None
-        losses.append({"lost": sorted(map(part_name, lost.parts)), "message": str(lost)})
-        log("lost", str(lost))
-        version, start = version + 1, time.monotonic()  # never one that an engine may have seen
-        try:
-            push, digests = _recover(colocation, lost, version, lambda text: log("lost", text))
-        except Lost as another:
-            lost = another
-            continue
-        losses[-1]["seconds"] = round(time.monotonic() - start, 3)
-        steps, metrics = colocation.on_trainers("progress")[0]
-        log(
-            "lost",
-            f"recovered in {losses[-1]['seconds']:.1f} s: going on after step {steps}, version {version} is everywhere",
-        )
-        return version, push, digests, steps, metrics
+    allowed, stuck = colocation.config.max_restarts, "learn" in colocation.state
+    with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:  # for the trainers' state
+        while True:
+            if len(losses) >= allowed:
+                more = f"; {allowed} of --max-restarts {allowed} are used up" if allowed else ""
+                raise Stop(f"{lost}{more}") from None
+            losses.append({"lost": sorted(map(part_name, lost.parts)), "message": str(lost)})
+            log("lost", str(lost))
+            version, start = version + 1, time.monotonic()  # never one that an engine may have seen
+            try:
+                with colocation.stage("recover"):
+                    parts, silent = take_stock(colocation, lost.parts, stuck)
+                if silent:
+                    losses[-1]["lost"] = sorted(map(part_name, parts))
+                    log("lost", f"{names(silent)} did not answer, and count as lost, too")
+                with colocation.stage("recover"):
+                    push, digests = rebuild(colocation, parts, Path(scratch), version, lambda text: log("lost", text))
+                    steps, metrics = colocation.on_trainers("progress")[0]
+            except Lost as another:
+                lost = another
+                continue
+            seconds = losses[-1]["seconds"] = round(time.monotonic() - start, 3)
+            log("lost", f"recovered in {seconds:.1f} s: going on after step {steps}, version {version} is everywhere")
+            return version, push, digests, steps, metrics
 
 
-def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dict, dict[str, str]]:
-    parts = lost.parts | colocation.watch.ended() | colocation.watch.gone
-    dead, silent = ping(colocation, PING_S, but=parts)
-    parts |= dead | silent  # the silent: stuck with the dead in a collective operation, most likely
+def take_stock(colocation: Colocation, lost: set[Part], stuck: bool) -> tuple[set[Part], set[Part]]:
+    """(all parts to rebuild, those among them that live but do not answer).
+
+    The busy are waited for until the stage's deadline, as they may be all that is left of the trainers' state. Only
+    where a trainer is lost in an optimizer step (`stuck`), the others do not get out of NCCL's all-reduce any more.
+    """
+    lost = lost | colocation.watch.ended() | colocation.watch.gone
+    rest = colocation.parts().keys() - lost
+    trainers = {part for part in rest if part[0] == "training actor"}
+    stuck = stuck and any(part[0] == "training actor" for part in lost)
+    dead, silent = set(), set()
+    for asked, patience in ((trainers, PING_S if stuck else None), (rest - trainers, None)):
+        found = ping(colocation, asked, patience or colocation.deadline()[0] - time.monotonic())
+        dead, silent = dead | found[0], silent | found[1]
+    return lost | dead | silent, silent
+
+
+def rebuild(colocation: Colocation, parts: set[Part], scratch: Path, version: int, say) -> tuple[dict, dict[str, str]]:
+    """Replace these parts, then go on as a step does after its training: wake up, (connect,) push."""
     bury(colocation, parts)
     trainers = {p for p in parts if p[0] == "training actor"}
     engines = {p for p in parts if p[0] == "engine"}
@@ -255,7 +285,7 @@ def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dic
         if ("engine", i) in engines:
             continue
         try:
-            colocation.ask([engine], "stand_by", bool(trainers))
+            colocation.ask([engine], "stand_by", colocation.config.sleep_level if trainers else 0)
         except Lost:
             raise
         except Stop as stop:  # a CUDA error that stays, for instance
@@ -263,20 +293,21 @@ def _recover(colocation: Colocation, lost: Lost, version: int, say) -> tuple[dic
             engines.add(("engine", i))
             bury(colocation, {("engine", i)})
     if trainers:
-        with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:
-            folder, source = rescue(colocation, trainers, Path(scratch))
-            say(f"all training actors start again from {source}")
-            colocation.rebuild_trainers(folder)
+        folder, source = rescue(colocation, trainers, scratch)
+        say(f"all training actors start again from {source}")
+        colocation.rebuild_trainers(folder)
     if engines:
-        check_shared_memory(colocation.config, FAIL)
+        check_shared_memory(len(engines), FAIL)
         say(f"rebuilding {names(engines)}")
         colocation.rebuild_engines(sorted(i for _, i in engines))
-    colocation.state = "ready"
     colocation.on_trainers("restore", version)
     digests = colocation.check_replicas()
+    colocation.state = "asleep"
+    colocation.wake_up("weights")
     if colocation.config.push == "recorded":
         colocation.connect()
     push = colocation.push(version)
+    colocation.wake_up("kv_cache")
     elements = colocation.require_elements(digests, "after a restart")
     say(f"{elements} parameter elements equal the trainers' bit for bit")
     return push, digests
@@ -316,13 +347,20 @@ def remove(files: set[str]) -> None:
 
 
 def rescue(colocation: Colocation, lost: set[Part], scratch: Path) -> tuple[Path, str]:
-    """A folder with the trainers' state, and a name for where it is from."""
+    """A folder with the trainers' state, and a name for where it is from.
+
+    What is in `scratch` after an earlier attempt is as good: they do not learn meanwhile.
+    """
+    state = scratch / "state"
+    if state.exists():
+        return state, "the state that was saved before"
     alive = [i for i in range(len(colocation.trainers)) if ("training actor", i) not in lost]
     if alive:
         steps = [done for done, _ in colocation.ask([colocation.trainers[i] for i in alive], "progress")]
         best = alive[steps.index(max(steps))]
-        colocation.ask([colocation.trainers[best]], "save", str(scratch))
-        return scratch, f"training actor {best}'s state after step {max(steps)}"
+        colocation.ask([colocation.trainers[best]], "save", str(scratch / "new"))
+        (scratch / "new").rename(state)
+        return state, f"training actor {best}'s state after step {max(steps)}"
     if colocation.saved:
         return colocation.saved, f"the checkpoint {colocation.saved.name}"
     raise Stop(

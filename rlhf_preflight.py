@@ -235,17 +235,20 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_byt
         require(
             rehearsal or not expandable, f"expandable_segments:True in {name}", needed, f"type unset {name}", MISSING
         )
-    check_shared_memory(config, MISSING)
+    check_shared_memory(config.num_engines, MISSING)
     memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
     return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}
 
 
-def check_shared_memory(config: Config, code: int) -> None:
-    """Raise Stop(code) if /dev/shm is too full. vLLM's queues there are sparse files: who writes into one that cannot
-    grow dies of SIGBUS, and vLLM 0.32 asks for the full size of each, up to 240 MiB, to be free."""
+def check_shared_memory(engines: int, code: int) -> None:
+    """Raise Stop(code) if /dev/shm is too full to start so many.
+
+    vLLM's queues there are sparse files: who writes into one that cannot grow dies of SIGBUS, and vLLM 0.32 asks for
+    the full size of each, up to 240 MiB, to be free.
+    """
     shm = os.statvfs("/dev/shm")
-    free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * config.num_engines
+    free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * engines
     found, needed = f"{free_mib:.0f} MiB free in /dev/shm", f"{need_mib} for Ray and vLLM's queues"
     fix = "type mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
     require(free_mib >= need_mib, found, needed, fix, code)

@@ -35,6 +35,7 @@ from rlhf_preflight import FAIL, MISSING, PASS, find_gpus  # noqa: E402
 TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
 ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")
 DEADLINE_S = 4  # where a drill sets one
+BUSY_S = 15  # longer than a recovery's patience with those who may be stuck
 RUN_LIMIT_S = 570
 
 
@@ -126,6 +127,18 @@ DRILLS = {
         run="survive",
     ),
     # Each of the others has a run of its own, which most of them end.
+    "kill-worker-busy": Drill(
+        fault=f"SIGKILL to the engine's worker while the trainer is busy for {BUSY_S} s, without a checkpoint",
+        expected="only the engine is rebuilt: the trainer is waited for",
+        moment="learn",
+        says=LOST + "learn: lost engine 0: engine 0 rank 0 " + ENDED,
+    ),
+    "kill-trainer-twice": Drill(
+        fault="SIGKILL to training actor 1, and to training actor 0 while both are rebuilt, without a checkpoint",
+        expected="all trainers go on from training actor 0's state, which was saved before",
+        moment="build_learners",
+        says=LOST + "lost training actor 0: training actor 0 " + ENDED,
+    ),
     "stale-handle": Drill(
         fault="a training actor starts again, and the engine is not connected to the new one",
         expected="the push is refused",
@@ -209,6 +222,7 @@ CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
     "survive": [*TWO, "--steps", "12", "--max-restarts", "9", "--stage-timeout", f"push={DEADLINE_S}", *CHECKPOINT],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
+    "kill-trainer-twice": [*TWO, "--steps", "3", "--max-restarts", "2"],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
     "drifted-replicas": [*TWO, "--steps", "2"],
@@ -236,6 +250,10 @@ class DrilledWorker(rlhf_utils.ColocateWorkerExtension):
 
 
 class DrilledTrainer(rc.RayTrainingActor):
+    def learn(self, samples: list[dict], total_tokens: int, version: int) -> dict[str, float]:
+        time.sleep(samples[0].pop("busy_s", 0))
+        return super().learn(samples, total_tokens, version)
+
     def spoil(self, value: float) -> None:
         self.model.get_input_embeddings().weight.data[7, 3] = value
 
@@ -283,7 +301,7 @@ class Drilled(rc.Colocation):
             self.kill("engine 0 rank 1", after=0.2 if drill == "kill-worker-rollout" else 0)
         elif drill == "kill-engine":
             self.kill("engine 0")
-        elif drill in ("kill-trainer-idle", "no-restarts"):
+        elif drill in ("kill-trainer-idle", "no-restarts") or self.armed == "kill-trainer-twice":
             self.kill("training actor 1")
         elif drill == "last-trainer":
             self.kill("training actor 0")
@@ -317,11 +335,19 @@ class Drilled(rc.Colocation):
         drill = self.strikes("learn")
         if drill == "nan-gradient":
             samples[0]["advantage"] = float("nan")
+        elif drill == "kill-worker-busy":
+            samples[0]["busy_s"] = BUSY_S
+            self.kill("engine 0 rank 0", after=1)
         elif drill == "kill-trainer-train":
             self.kill("training actor 1", after=0.02)
         elif drill == "last-trainer-checkpoint":
             self.kill("training actor 0")
         return super().learn(samples, version)
+
+    def build_learners(self, resume: Path | None = None) -> int:
+        if self.strikes("build_learners"):
+            self.kill("training actor 0")
+        return super().build_learners(resume)
 
     def check_replicas(self) -> dict[str, str]:
         drill = self.strikes("check_replicas")

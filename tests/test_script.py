@@ -162,6 +162,13 @@ def test_an_engine_that_dies_while_starting_says_why(tmp_path):
     assert "max_model_len" in run.last_line and "_cached_repr" not in run.stdout + run.stderr
 
 
+def test_a_training_actor_that_cannot_start_says_why(tmp_path):
+    run = Run(tmp_path, *ONE, *shape(tmp_path, architectures=["NewForCausalLM"], model_type="new-and-unknown"))
+    assert run.code == FAIL
+    assert run.last_line.startswith("FAIL: training actor 0 (report_device_id): ValueError: ")
+    assert "new-and-unknown" in run.last_line and "ray::" not in run.last_line
+
+
 def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what a cluster started by ray.init wants
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
