@@ -1,6 +1,6 @@
 """Fault drills: break a running layout in every way that we know of, and see that it does what it promises.
 
-python benchmarks/drills.py --output results/drills-rehearsal.json [NAME ...]         (--help lists the drills)
+python benchmarks/drills.py [NAME ...] --output results/drills-rehearsal.json [flags]   (--help lists the drills)
 
 Each drill has one fault, at a moment of one RLHF step. Faults that a run survives follow one another in a single run,
 which must end with PASS; the others end theirs. The runner starts the script as a subprocess, with its functions
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -474,15 +475,16 @@ def outcome(name: str, lines: list[tuple[float, str]], start: float, losses: lis
 def main() -> int:
     drills = "\n".join(f"  {name:24} {d.fault}: {d.expected}" for name, d in DRILLS.items())
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=f"{__doc__}\ndrills:\n{drills}", formatter_class=formatter)
-    parser.add_argument("drills", nargs="*", metavar="NAME", help="default: all that this machine can do")
+    usage, text = "%(prog)s [NAME ...] [--output FILE] [flags of rlhf_colocate.py]", f"{__doc__}\ndrills:\n{drills}"
+    parser = argparse.ArgumentParser(usage=usage, description=text, formatter_class=formatter)
     parser.add_argument("--output", help="write the rows to this JSON file")
-    args, flags = parser.parse_known_args()
+    chosen = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))  # none: all that can be done here
+    args, flags = parser.parse_known_args(sys.argv[1 + len(chosen) :])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
-    if unknown := [n for n in args.drills if n not in DRILLS]:
+    if unknown := [n for n in chosen if n not in DRILLS]:
         parser.error(f"no drill {', '.join(unknown)}; --help lists them")
     rows, report = [], {}
-    for run, names in runs(args.drills or [n for n in DRILLS if find_gpus() or not DRILLS[n].gpu]).items():
+    for run, names in runs(chosen or [n for n in DRILLS if find_gpus() or not DRILLS[n].gpu]).items():
         print(f"{run}: {', '.join(names)}", flush=True)
         new, done = play(names, [*FLAGS.get(run, [*ONE, "--steps", "3"]), *flags])
         report |= {k: done[k] for k in ("versions", "hardware") if done.get(k)}
@@ -493,7 +495,7 @@ def main() -> int:
                 print(f"       exit code {row['exit_code']}, left behind: {row['left_behind']}")
     if args.output:
         report |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": rows}
-        report["command"] = " ".join(["python benchmarks/drills.py", *args.drills, *flags])
+        report["command"] = " ".join(["python benchmarks/drills.py", *chosen, *flags])
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
     return PASS if all(r["ok"] for r in rows) else FAIL
 
