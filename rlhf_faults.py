@@ -159,6 +159,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     if text:
         raise Stop(f"{names(failed) or what} ({what}): {text}")
     late = set(parts) - answered.keys()
+    if not late:  # they answered in the meantime
+        return wait_for(colocation, refs, parts, what)
     stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
     late = stopped or late
     found = f"no answer from {names(late)} within {seconds:g} s: {watch.describe(late)}"
@@ -216,7 +218,7 @@ def ping(colocation: Colocation, parts: set[Part], patience: float) -> tuple[set
     asked = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.gone}
     if not asked:
         return set(), set()
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=max(0.0, patience))
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience)
     dead = {asked[ref] for ref in answered if isinstance(error_of(ref), ray.exceptions.RayActorError)}
     return dead, {asked[ref] for ref in silent}
 
@@ -270,8 +272,9 @@ def take_stock(colocation: Colocation, lost: set[Part], stuck: bool) -> tuple[se
     trainers = {part for part in rest if part[0] == "training actor"}
     stuck = stuck and any(part[0] == "training actor" for part in lost)
     dead, silent = set(), set()
-    for asked, patience in ((trainers, PING_S if stuck else None), (rest - trainers, None)):
-        found = ping(colocation, asked, patience or colocation.deadline()[0] - time.monotonic())
+    for asked, busy in ((trainers, not stuck), (rest - trainers, True)):
+        left = colocation.deadline()[0] - time.monotonic()
+        found = ping(colocation, asked, max(PING_S, left) if busy else PING_S)
         dead, silent = dead | found[0], silent | found[1]
     return lost | dead | silent, silent
 
