@@ -46,7 +46,18 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf_faults import Lost, Watch, bury, kill, part_name, recover, remove, shared_memory_files, wait_for
+from rlhf_faults import (
+    Lost,
+    Watch,
+    bury,
+    kill,
+    part_name,
+    recover,
+    remove,
+    require_alive,
+    shared_memory_files,
+    wait_for,
+)
 from rlhf_preflight import (
     DEFAULT_MODEL,
     FAIL,
@@ -146,9 +157,7 @@ class Config:
     checkpoint_every: int = flag(0, "and after every so many RLHF steps (0: only at the end)")
     resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(
-        600.0, "longest that a stage may take, seconds: one of the last table's, for each of its times"
-    )
+    timeout: float = flag(600.0, "longest wait, seconds, for the actors in one turn of a stage (the last table's)")
     stage_timeout: str | None = flag(None, "the same for single stages, as in push=5,rollout=60")
     max_restarts: int = flag(1, "how many times a run rebuilds actors that died or hang, once the RLHF loop has begun")
     verbose: bool = flag(False, "show the output of vLLM and the actors")
@@ -868,18 +877,19 @@ class Colocation:
     def learn(self, samples: list[dict], version: int) -> dict[str, float]:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
         n, total_tokens = len(self.trainers), sum(len(s["tokens"]) for s in samples)
+        require_alive(self, "learn")  # whoever enters NCCL's all-reduce without its peers never comes out
         with self.transition("learn"):
             each = [(samples[i::n], total_tokens, version) for i in range(n)]
             return self.ask(self.trainers, "learn", each=each)[0]
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint; an older one there is replaced once the new one is complete."""
+    def save(self, folder: Path, by: int = 0) -> None:
+        """Let a training actor write a checkpoint; an older one there is replaced once the new one is complete."""
         folder = folder.resolve()
         new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
         new.mkdir()
         try:
-            self.ask(self.trainers[:1], "save", str(new))
+            self.ask([self.trainers[by]], "save", str(new))
             for name in (
                 "tokenizer*",
                 "vocab*",
@@ -894,10 +904,11 @@ class Colocation:
                 if folder.exists():
                     folder.rename(old)
                 new.rename(folder)
-            self.saved = folder
+                self.saved = folder
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
     def gpu_used_gib(self) -> float:
         """Memory in use on the fullest GPU, by all its processes; 0 in the rehearsal."""
@@ -1230,7 +1241,9 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 with phase("reward"):
                     for i, sample in enumerate(samples):
                         sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                        sample["reward"] = rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
+                        sample["reward"] = float(
+                            rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
+                        )
                     rewards = [s["reward"] for s in samples]
                     shares = rlhf_grpo.advantages(rewards, config.group_size)
                     samples = [s | {"advantage": a} for s, a in zip(samples, shares, strict=True)]
@@ -1335,8 +1348,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlhf_colocate.py: error: {verdict.removeprefix('FAIL: ')}", file=sys.stderr)
         return code
     report["verdict"] = verdict
-    if config.output_json:
-        Path(config.output_json).write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        if config.output_json:
+            Path(config.output_json).write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        code, verdict = FAIL, f"FAIL: the report was not written ({error}); without that: {verdict}"
     mb = {"push": f"{sum(p['bytes'] for p in report['pushes']) / 1e6:.1f}"}
     print_table(["stage", "seconds", "MB"], [[k, f"{v:.2f}", mb.get(k, "")] for k, v in log.stages_s.items()])
     print(verdict, flush=True)

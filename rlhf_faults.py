@@ -1,10 +1,9 @@
 """What a run does when a part of the layout is lost: how it notices, what it says, and how it goes on.
 
 `Watch`     the processes that hold each part, and what has become of them.
-`wait_for`  every wait of the script: a deadline, and a look at the processes each second.
+`wait_for`  every wait for an actor: a deadline, and a look at the processes each second.
 `Lost`      a training actor or an engine that has died, or did not answer in time.
-`recover`   rebuilds it on its bundles, connects it, and pushes everything again. Called by `rlhf_colocate.learn` only;
-            a run without --max-restarts has no use for it.
+`recover`   rebuilds it on its bundles, connects it, and pushes everything again. Called by `rlhf_colocate.learn` only.
 
 An engine needs no state: a push brings it all there is. A trainer's state, which is the same in all replicas, comes
 from a survivor or from the last --checkpoint, and all trainers start again from it: their process group cannot lose a
@@ -168,6 +167,12 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     raise Lost(late, f"{what}: {found}; to wait longer, type {flag}{2 * seconds:g}")
 
 
+def require_alive(colocation: Colocation, what: str) -> None:
+    """Raise Lost if a process has ended since the last wait: one of under a second does not look."""
+    if lost := colocation.watch.ended():
+        raise Lost(lost, f"{what}: lost {names(lost)}: {colocation.watch.describe(lost)}")
+
+
 def error_of(ref) -> Exception | None:
     """What a call that is over has raised."""
     import ray
@@ -210,17 +215,22 @@ def find_lost(colocation: Colocation) -> set[Part]:
 def ping(colocation: Colocation, parts: set[Part], patience: float) -> tuple[set[Part], set[Part]]:
     """(those of the parts that Ray knows to be dead, those that do not answer within `patience` seconds).
 
-    Parts that are being replaced are not asked.
+    Parts that are being replaced are not asked, and nobody waits for one whose process has ended or is stopped.
     """
     import ray
 
-    actors = colocation.parts()
-    asked = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.gone}
-    if not asked:
-        return set(), set()
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience)
-    dead = {asked[ref] for ref in answered if isinstance(error_of(ref), ray.exceptions.RayActorError)}
-    return dead, {asked[ref] for ref in silent}
+    actors, until = colocation.parts(), time.monotonic() + patience
+    waiting = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.gone}
+    dead, silent = set(), set()
+    while waiting:
+        timeout = max(0.0, min(1.0, until - time.monotonic()))
+        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout)
+        dead |= {waiting[ref] for ref in answered if isinstance(error_of(ref), ray.exceptions.RayActorError)}
+        rest = {part for ref, part in waiting.items() if ref not in answered}
+        late = time.monotonic() >= until
+        silent |= rest if late else {m.part for m in colocation.watch.of(rest) if m.state()}
+        waiting = {ref: part for ref, part in waiting.items() if part in rest - silent}
+    return dead, silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,6 +246,7 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
     Raises Stop if there was a loss too many, or the trainers' state is lost with them.
     """
     allowed, stuck = colocation.config.max_restarts, "learn" in colocation.state
+    before = colocation.saved
     with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:  # for the trainers' state
         while True:
             if len(losses) >= allowed:
@@ -256,6 +267,8 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
             except Lost as another:
                 lost = another
                 continue
+            if not colocation.config.checkpoint:
+                colocation.saved = before  # what was saved meanwhile goes with the folder
             seconds = losses[-1]["seconds"] = round(time.monotonic() - start, 3)
             log("lost", f"recovered in {seconds:.1f} s: going on after step {steps}, version {version} is everywhere")
             return version, push, digests, steps, metrics
@@ -296,9 +309,8 @@ def rebuild(colocation: Colocation, parts: set[Part], scratch: Path, version: in
             engines.add(("engine", i))
             bury(colocation, {("engine", i)})
     if trainers:
-        folder, source = rescue(colocation, trainers, scratch)
-        say(f"all training actors start again from {source}")
-        colocation.rebuild_trainers(folder)
+        say(f"all training actors start again from {rescue(colocation, trainers, scratch, say)}")
+        colocation.rebuild_trainers(colocation.saved)
     if engines:
         check_shared_memory(len(engines), FAIL)
         say(f"rebuilding {names(engines)}")
@@ -327,7 +339,12 @@ def bury(colocation: Colocation, parts: set[Part]) -> None:
     for part in parts:
         ray.kill(colocation.parts()[part])
     kill(processes)  # Ray asks a worker to leave first, and a stopped one never hears it
-    psutil.wait_procs(processes, timeout=PING_S)
+    left = colocation.deadline()[0] - time.monotonic()
+    if alive := psutil.wait_procs(processes, timeout=max(PING_S, left))[1]:
+        raise Stop(
+            f"killed {names(parts)}, but found pid {', '.join(str(p.pid) for p in alive)} still there; their GPU "
+            "memory is needed for those who take their place"
+        )
     kept = {f for m in watch.members if m.part not in parts for f in shared_memory_files(m.pid)}
     for part in parts:
         remove(watch.files.pop(part, set()) - kept)
@@ -349,23 +366,24 @@ def remove(files: set[str]) -> None:
             os.unlink(file)
 
 
-def rescue(colocation: Colocation, lost: set[Part], scratch: Path) -> tuple[Path, str]:
-    """A folder with the trainers' state, and a name for where it is from.
+def rescue(colocation: Colocation, lost: set[Part], scratch: Path, say) -> str:
+    """Let `colocation.saved` be the trainers' last state that can be had. Returns a name for where it is from.
 
-    What is in `scratch` after an earlier attempt is as good: they do not learn meanwhile.
+    A survivor's is written to --checkpoint, where there is one: it is not lost, then, if the recovery fails.
     """
-    state = scratch / "state"
-    if state.exists():
-        return state, "the state that was saved before"
     alive = [i for i in range(len(colocation.trainers)) if ("training actor", i) not in lost]
-    if alive:
-        steps = [done for done, _ in colocation.ask([colocation.trainers[i] for i in alive], "progress")]
-        best = alive[steps.index(max(steps))]
-        colocation.ask([colocation.trainers[best]], "save", str(scratch / "new"))
-        (scratch / "new").rename(state)
-        return state, f"training actor {best}'s state after step {max(steps)}"
+    steps = {i: colocation.ask([colocation.trainers[i]], "progress")[0][0] for i in alive}
+    for i in sorted(alive, key=steps.get, reverse=True):
+        try:
+            colocation.save(Path(colocation.config.checkpoint or scratch / "saved-before"), by=i)
+        except Lost:
+            raise
+        except Stop as stop:  # a CUDA error that stays, or a full disk
+            say(f"{stop}: its state is not to be had")
+        else:
+            return f"training actor {i}'s state after step {steps[i]}"
     if colocation.saved:
-        return colocation.saved, f"the checkpoint {colocation.saved.name}"
+        return f"the checkpoint {colocation.saved.name}"
     raise Stop(
         "no training actor is left, and no checkpoint was written: the optimizer's state is gone; to survive this, "
         "type --checkpoint DIR --checkpoint-every 10"

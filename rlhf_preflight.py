@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -69,7 +70,13 @@ def check_layout(config: Config) -> None:
         USAGE,
     )
     stage_timeouts(config)
-    require(config.timeout > 0, f"--timeout {config.timeout:g}", "seconds, more than 0", "leave out --timeout", USAGE)
+    require(
+        0 < config.timeout < math.inf,
+        f"--timeout {config.timeout:g}",
+        "seconds, more than 0",
+        "leave out --timeout",
+        USAGE,
+    )
     found, fix = f"--max-restarts {config.max_restarts}", "type --max-restarts 0"
     require(config.max_restarts >= 0, found, "0 or more", fix, USAGE)
     if config.inject == "wrong-tp-slice":
@@ -92,7 +99,7 @@ def stage_timeouts(config: Config) -> dict[str, float]:
         stage, seconds = stage.strip(), 0.0
         with contextlib.suppress(ValueError):
             seconds = float(text)
-        ok = stage in STAGES and seconds > 0
+        ok = stage in STAGES and 0 < seconds < math.inf
         require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60", USAGE)
         limits[stage] = seconds
     return limits

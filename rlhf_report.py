@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ class Log:
 
     def __init__(self):
         self.stages_s: dict[str, float] = {}
-        self.spans: list[tuple] = []  # for --trace, as `traced` notes them
+        self.spans: collections.deque = collections.deque(maxlen=10_000)  # for --trace, as `traced` notes them
         self.terminal = sys.stdout.isatty()
         self.colour = self.terminal and "NO_COLOR" not in os.environ
 

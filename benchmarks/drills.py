@@ -48,34 +48,41 @@ class Drill:
     expected: str
     moment: str
     says: str  # regular expression of the line that must follow the fault
+    then: str = ""  # of one that must come after it, before the run goes on
     run: str = ""  # drills of one run share its name; "": it has a run of its own
     code: int = PASS
     gpu: bool = False
 
 
 LOST = r"\[lost\] .*"
+RESCUED = r"\[lost\] all training actors start again from training actor 0's state after step \d+$"
+REBUILT = r"\[lost\] rebuilding engine \d$"
 ENDED = r"\(pid \d+( on \S+)?\) has ended"
 DRILLS = {
-    # One run with two trainers and one engine of two ranks, which survives all of these.
+    # One run with two trainers and one engine of two ranks, which survives all of these. On one GPU, those of the
+    # engine can be asked for by name, with --num-gpus 1 --tensor-parallel-size 1.
     "kill-worker-idle": Drill(
-        fault="SIGKILL to rank 1 of the engine between two steps",
+        fault="SIGKILL to the engine's last rank between two steps",
         expected="the engine is rebuilt",
         moment="rollout",
-        says=LOST + "lost engine 0: .*engine 0 rank 1 " + ENDED,
+        says=LOST + r"lost engine 0: .*engine 0 rank \d " + ENDED,
+        then=REBUILT,
         run="survive",
     ),
     "kill-worker-rollout": Drill(
-        fault="SIGKILL to rank 1 of the engine while it generates",
+        fault="SIGKILL to the engine's last rank while it generates",
         expected="the engine is rebuilt, and the step is done again",
         moment="rollout",
-        says=LOST + "rollout: lost engine 0: .*engine 0 rank 1 " + ENDED,
+        says=LOST + r"rollout: lost engine 0: .*engine 0 rank \d " + ENDED,
+        then=REBUILT,
         run="survive",
     ),
     "kill-worker-push": Drill(
-        fault="SIGKILL to rank 1 of the engine when rank 0 has its weights and it has not",
+        fault="SIGKILL to the engine's last rank when the others have their weights and it has not",
         expected="the engine is rebuilt, and everything is pushed again",
         moment="push",
-        says=LOST + "push_weights: lost engine 0: .*engine 0 rank 1 " + ENDED,
+        says=LOST + r"push_weights: lost engine 0: .*engine 0 rank \d " + ENDED,
+        then=REBUILT,
         run="survive",
     ),
     "kill-engine": Drill(
@@ -83,13 +90,15 @@ DRILLS = {
         expected="the engine is rebuilt with its workers",
         moment="rollout",
         says=LOST + "lost engine 0: .*engine 0 " + ENDED,
+        then=REBUILT,
         run="survive",
     ),
     "stop-worker": Drill(
-        fault="SIGSTOP to rank 1 of the engine before a push",
+        fault="SIGSTOP to the engine's last rank before a push",
         expected=f"named at the deadline ({DEADLINE_S} s), and the engine is rebuilt",
         moment="push",
-        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank 1 \(pid \d+ on \S+\) is stopped",
+        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank \d \(pid \d+ on \S+\) is stopped",
+        then=REBUILT,
         run="survive",
     ),
     "kill-trainer-idle": Drill(
@@ -97,6 +106,7 @@ DRILLS = {
         expected="all trainers go on from training actor 0's state",
         moment="rollout",
         says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        then=RESCUED,
         run="survive",
     ),
     "kill-trainer-push": Drill(
@@ -104,6 +114,7 @@ DRILLS = {
         expected="all trainers go on from training actor 0's state, and push again",
         moment="push",
         says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        then=RESCUED,
         run="survive",
     ),
     "kill-trainer-train": Drill(
@@ -121,22 +132,30 @@ DRILLS = {
         run="survive",
     ),
     "torn-push": Drill(
-        fault="rank 1 fails in a push, after rank 0 has its weights",
+        fault="the engine's last rank fails in a push, after the others have their weights",
         expected="the engine is poisoned: it refuses to generate until a whole push has landed",
         moment="push",
         says=r"refused: engine 0 \(generate\): RuntimeError: found the engine with no whole push in it",
         run="survive",
     ),
     # Each of the others has a run of its own, which most of them end.
+    "kill-one-engine": Drill(
+        fault="SIGKILL to the worker of one of two engines before a push",
+        expected="that engine is rebuilt, the other stays, and everything is pushed to both",
+        moment="push",
+        says=LOST + r"push_weights: lost engine 1: engine 1 rank 0 " + ENDED,
+        then=r"\[lost\] rebuilding engine 1$",
+    ),
     "kill-worker-busy": Drill(
         fault=f"SIGKILL to the engine's worker while the trainer is busy for {BUSY_S} s, without a checkpoint",
         expected="only the engine is rebuilt: the trainer is waited for",
         moment="learn",
         says=LOST + "learn: lost engine 0: engine 0 rank 0 " + ENDED,
+        then=REBUILT,
     ),
     "kill-trainer-twice": Drill(
         fault="SIGKILL to training actor 1, and to training actor 0 while both are rebuilt, without a checkpoint",
-        expected="all trainers go on from training actor 0's state, which was saved before",
+        expected="all trainers go on from training actor 0's state, which was saved before the second",
         moment="build_learners",
         says=LOST + "lost training actor 0: training actor 0 " + ENDED,
     ),
@@ -222,6 +241,7 @@ DRILLS = {
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
     "survive": [*TWO, "--steps", "12", "--max-restarts", "9", "--stage-timeout", f"push={DEADLINE_S}", *CHECKPOINT],
+    "kill-one-engine": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "3"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "kill-trainer-twice": [*TWO, "--steps", "3", "--max-restarts", "2"],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
@@ -278,6 +298,7 @@ class Drilled(rc.Colocation):
         super().__init__(*args)
         self.to_come = os.environ["RLHF_DRILLS"].split(",")
         self.rollouts, self.armed = 0, ""
+        self.last_rank = f"engine 0 rank {self.config.tensor_parallel_size - 1}"
         if DRILLS[self.to_come[0]].moment == "handles":  # at once: the first connection
             self.armed = self.to_come.pop(0)
 
@@ -299,7 +320,7 @@ class Drilled(rc.Colocation):
             self.armed = self.to_come.pop(0)
         drill = self.strikes("rollout")
         if drill in ("kill-worker-idle", "kill-worker-rollout"):
-            self.kill("engine 0 rank 1", after=0.2 if drill == "kill-worker-rollout" else 0)
+            self.kill(self.last_rank, after=0.2 if drill == "kill-worker-rollout" else 0)
         elif drill == "kill-engine":
             self.kill("engine 0")
         elif drill in ("kill-trainer-idle", "no-restarts") or self.armed == "kill-trainer-twice":
@@ -317,9 +338,11 @@ class Drilled(rc.Colocation):
         drill = self.strikes("push")
         if drill in ("kill-worker-push", "kill-trainer-push"):
             self.on_engines("collective_rpc", "disturb_push", "wait")
-            self.kill("engine 0 rank 1" if drill == "kill-worker-push" else "training actor 1", after=1)
+            self.kill(self.last_rank if drill == "kill-worker-push" else "training actor 1", after=1)
+        elif drill == "kill-one-engine":
+            self.kill("engine 1 rank 0")
         elif drill == "stop-worker":
-            self.kill("engine 0 rank 1", signum=signal.SIGSTOP)
+            self.kill(self.last_rank, signum=signal.SIGSTOP)
         elif drill == "torn-push":
             self.on_engines("collective_rpc", "disturb_push", "fail")
             for method, args in (("collective_rpc", ("push_weights", version)), ("generate", ([[11, 12]], 1))):
@@ -463,12 +486,15 @@ def outcome(name: str, lines: list[tuple[float, str]], start: float, losses: lis
     struck = max((at for at, line in lines if f"[drill] {name}: " in line), default=None if drill.moment else start)
     row = {"drill": name, "fault": drill.fault, "expected": drill.expected, "exit_code": common["exit_code"]}
     row |= {"seen": None, "seconds_to_message": None, "recovered_s": None} | common
-    for at, line in lines:
-        if struck and at > struck and re.search(drill.says, line):
+    after = [(at, line) for at, line in lines if struck and at > struck]
+    for at, line in after:
+        if re.search(drill.says, line):
             row |= {"seen": re.sub(r"^ *[\d.]+s ", "", line), "seconds_to_message": round(at - struck, 2)}
             row["recovered_s"] = next((x.get("seconds") for x in losses if line.endswith(x["message"])), None)
             break
-    ok = bool(row["seen"]) and row["exit_code"] == drill.code and not any(row["left_behind"].values())
+    on = next((i for i, (_, line) in enumerate(after) if "[lost] recovered in" in line), len(after))
+    then = not drill.then or any(re.search(drill.then, line) for _, line in after[:on])
+    ok = then and bool(row["seen"]) and row["exit_code"] == drill.code and not any(row["left_behind"].values())
     return row | {"ok": ok and bool(row["recovered_s"] or not drill.says.startswith(LOST))}
 
 

@@ -12,6 +12,7 @@ and of the steps is warm-up: pools and caches grow to their size.
 from __future__ import annotations
 
 import argparse
+import array
 import json
 import math
 import os
@@ -30,9 +31,12 @@ BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
 
 
 class Sampled(rc.Colocation):
-    """A layout that samples what its processes hold after each push of the loop."""
+    """A layout that samples what its processes hold after each push."""
 
-    samples: list[dict[str, float]]
+    def begin(self, count: int) -> None:
+        """Forget the samples, and make room for this many: what keeps them must not grow."""
+        self.samples: dict[str, array.array] = {}
+        self.count, self.taken = count, 0
 
     def held(self) -> dict[str, float]:
         """{what: how much now}."""
@@ -52,8 +56,14 @@ class Sampled(rc.Colocation):
 
     def push(self, version: int) -> dict:
         push = super().push(version)
-        self.samples.append(self.held())
+        for name, number in self.held().items():
+            self.samples.setdefault(name, array.array("d", [0.0]) * self.count)[self.taken] = number
+        self.taken += 1
         return push
+
+    def slopes(self) -> dict[str, dict[str, float]]:
+        """Of all samples but the first tenth."""
+        return {name: slope(list(values[self.count // 10 : self.taken])) for name, values in self.samples.items()}
 
 
 def slope(values: list[float]) -> dict[str, float]:
@@ -69,11 +79,6 @@ def slope(values: list[float]) -> dict[str, float]:
     return {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin, "last": values[-1]}
 
 
-def slopes(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    samples = samples[len(samples) // 10 :]
-    return {name: slope([s[name] for s in samples]) for name in samples[0]}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pushes", type=int, default=200)
@@ -83,12 +88,12 @@ def main() -> int:
     for given in (args.pushes, args.loop_steps):
         if given < BATCHES:
             parser.error(f"found {given}; needed {BATCHES} or more of each for a slope")
-    config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps)])
+    config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps), "--max-restarts", "0"])
     log, report, colocation = rc.Log(), {"pushes": []}, None
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         try:
             colocation = Sampled(config, *rc.preflight(config, log, report, Path(scratch)), log)
-            colocation.samples = []
+            colocation.begin(args.pushes)
             colocation.start_ray()
             colocation.start_actors()
             trainers = colocation.on_trainers("report_device_id")
@@ -102,12 +107,13 @@ def main() -> int:
                 colocation.on_trainers("perturb", 1_000_000 + i)
                 colocation.push(1_000_000 + i)
             done = {"pushes": {"count": args.pushes, "seconds": time.perf_counter() - start}}
-            done["pushes"]["slopes"] = slopes(colocation.samples)
-            colocation.samples, start = [], time.perf_counter()
+            done["pushes"]["slopes"] = colocation.slopes()
+            colocation.begin(args.loop_steps + 1)  # the loop begins with a push
+            start = time.perf_counter()
             log("soak", f"{args.loop_steps} steps of the loop")
             rc.learn(config, log, report, colocation, done=0)
             done["steps"] = {"count": args.loop_steps, "seconds": time.perf_counter() - start}
-            done["steps"]["slopes"] = slopes(colocation.samples)
+            done["steps"]["slopes"] = colocation.slopes()
         except rc.Stop as stop:
             print(f"soak.py: error: {stop}", file=sys.stderr)
             return stop.code

@@ -65,7 +65,7 @@ def test_resume_goes_on_bitwise_and_the_checkpoint_is_an_ordinary_one(tmp_path):
     command = [sys.executable, "-c", load, str(whole)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.glob("*.new")) and not list(tmp_path.glob("*.old"))
+    assert not list(tmp_path.glob(".*.new-*")) and not list(tmp_path.glob(".*.old-*"))
 
 
 STALE = """
