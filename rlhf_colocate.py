@@ -157,7 +157,9 @@ class Config:
     checkpoint_every: int = flag(0, "and after every so many RLHF steps (0: only at the end)")
     resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(600.0, "longest wait, seconds, for the actors in one turn of a stage (the last table's)")
+    timeout: float = flag(
+        600.0, "seconds that actors have for one turn of a stage (the last table's); the late count as lost"
+    )
     stage_timeout: str | None = flag(None, "the same for single stages, as in push=5,rollout=60")
     max_restarts: int = flag(1, "how many times a run rebuilds actors that died or hang, once the RLHF loop has begun")
     verbose: bool = flag(False, "show the output of vLLM and the actors")
@@ -188,7 +190,7 @@ class Config:
 
 
 def traced(method):
-    """Let an actor's method note when it ran, for --trace: (name, seconds since the epoch, seconds)."""
+    """Let an actor's method note when it ran, where --trace asks for it: (name, seconds since the epoch, seconds)."""
 
     @functools.wraps(method)
     def timed(self, *args):
@@ -196,9 +198,10 @@ def traced(method):
         try:
             return method(self, *args)
         finally:
-            name = args[0] if method.__name__ == "collective_rpc" else method.__name__
-            spans = self.__dict__.setdefault("spans", collections.deque(maxlen=10_000))  # the last of a long run
-            spans.append((name, start, time.time() - start))
+            if os.environ.get("RLHF_COLOCATE_TRACE"):
+                name = args[0] if method.__name__ == "collective_rpc" else method.__name__
+                spans = self.__dict__.setdefault("spans", collections.deque(maxlen=10_000))  # the last of a long run
+                spans.append((name, start, time.time() - start))
 
     return timed
 
@@ -602,6 +605,7 @@ class Colocation:
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
+            "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -739,7 +743,7 @@ class Colocation:
         self.trainers = [self.new_trainer(i, folder, "auto") for i in range(self.config.num_gpus)]
         self.watch_trainers(self.on_trainers("report_device_id"))
         self.build_learners(folder)
-        self.watch.gone -= {p for p in self.parts() if p[0] == "training actor"}
+        self.watch.replacing -= {p for p in self.parts() if p[0] == "training actor"}
 
     def rebuild_engines(self, indices: list[int]) -> None:
         """Replace these engines, which are gone, on the same bundles. Raises Stop if the new ones land elsewhere."""
@@ -749,7 +753,7 @@ class Colocation:
         for e, workers in zip(indices, self.build_engines([self.engines[e] for e in indices]), strict=True):
             if (found := [w["gpu"] for w in workers]) != self.engine_gpus[e]:
                 raise Stop(f"placement: engine {e} came back on {found}, needed {self.engine_gpus[e]}")
-        self.watch.gone -= {("engine", e) for e in indices}
+        self.watch.replacing -= {("engine", e) for e in indices}
 
     def parts(self) -> dict:
         """{("training actor", i) or ("engine", e): the Ray actor}."""

@@ -81,7 +81,7 @@ class Watch:
 
     def __init__(self):
         self.members: list[Member] = []
-        self.gone: set[Part] = set()  # ended by `bury`; whoever replaces them is not ready yet
+        self.replacing: set[Part] = set()  # ended by `bury`; whoever takes their place is not ready yet
         self.files: dict[Part, set[str]] = {}  # in /dev/shm: those who could name them may be gone when it matters
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
@@ -99,7 +99,7 @@ class Watch:
                 self.files.setdefault(member.part, set()).update(shared_memory_files(member.pid))
 
     def drop(self, part: Part) -> None:
-        self.gone.add(part)
+        self.replacing.add(part)
         self.members = [m for m in self.members if m.part != part]
 
     def of(self, parts: set[Part]) -> list[Member]:
@@ -220,7 +220,7 @@ def ping(colocation: Colocation, parts: set[Part], patience: float) -> tuple[set
     import ray
 
     actors, until = colocation.parts(), time.monotonic() + patience
-    waiting = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.gone}
+    waiting = {actors[part].__ray_ready__.remote(): part for part in parts - colocation.watch.replacing}
     dead, silent = set(), set()
     while waiting:
         timeout = max(0.0, min(1.0, until - time.monotonic()))
@@ -280,14 +280,14 @@ def take_stock(colocation: Colocation, lost: set[Part], stuck: bool) -> tuple[se
     The busy are waited for until the stage's deadline, as they may be all that is left of the trainers' state. Only
     where a trainer is lost in an optimizer step (`stuck`), the others do not get out of NCCL's all-reduce any more.
     """
-    lost = lost | colocation.watch.ended() | colocation.watch.gone
+    lost = lost | colocation.watch.ended() | colocation.watch.replacing
     rest = colocation.parts().keys() - lost
     trainers = {part for part in rest if part[0] == "training actor"}
     stuck = stuck and any(part[0] == "training actor" for part in lost)
     dead, silent = set(), set()
-    for asked, busy in ((trainers, not stuck), (rest - trainers, True)):
+    for asked, patient in ((trainers, not stuck), (rest - trainers, True)):
         left = colocation.deadline()[0] - time.monotonic()
-        found = ping(colocation, asked, max(PING_S, left) if busy else PING_S)
+        found = ping(colocation, asked, max(PING_S, left) if patient else PING_S)
         dead, silent = dead | found[0], silent | found[1]
     return lost | dead | silent, silent
 
@@ -315,6 +315,8 @@ def rebuild(colocation: Colocation, parts: set[Part], scratch: Path, version: in
         check_shared_memory(len(engines), FAIL)
         say(f"rebuilding {names(engines)}")
         colocation.rebuild_engines(sorted(i for _, i in engines))
+    new = engines | {p for p in colocation.parts() if trainers and p[0] == "training actor"}
+    say("rebuilt: " + ", ".join(f"{m.role} is pid {m.pid}" for m in colocation.watch.of(new)))
     colocation.on_trainers("restore", version)
     digests = colocation.check_replicas()
     colocation.state = "asleep"

@@ -474,9 +474,10 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
         time.sleep(1)
         temporary = [f for f in os.listdir(folder) if f.startswith("rlhf-colocate")]
         done = json.loads(report.read_text()) if report.exists() else {}
+        weights = done["steps"][-1]["weights"] if done.get("steps") else None  # their digest, after the last step
     left = {"processes": processes_with(mark), "/dev/shm": sorted(set(os.listdir("/dev/shm")) - shm)}
     left |= {"temporary files": temporary, "GPU MiB": max(0, gpu_used_mib() - gpu)}
-    common = {"exit_code": code, "left_behind": left, "run_s": round(seconds, 1)}
+    common = {"exit_code": code, "left_behind": left, "run_s": round(seconds, 1), "weights": weights}
     return [outcome(name, lines, start, done.get("losses", []), common) for name in names], done
 
 
