@@ -61,13 +61,13 @@ class Sampled(rc.Colocation):
         self.taken += 1
         return push
 
-    def slopes(self) -> dict[str, dict[str, float]]:
+    def slopes(self) -> dict[str, dict]:
         """Of all samples but the first tenth."""
         return {name: slope(list(values[self.count // 10 : self.taken])) for name, values in self.samples.items()}
 
 
-def slope(values: list[float]) -> dict[str, float]:
-    """Growth per sample with its 95 % confidence interval (see above)."""
+def slope(values: list[float]) -> dict:
+    """Growth per sample with its 95 % confidence interval, and the batches' means (see above)."""
     size = len(values) // BATCHES
     values = values[len(values) - BATCHES * size :]
     means = [statistics.fmean(values[i * size : (i + 1) * size]) for i in range(BATCHES)]
@@ -76,7 +76,8 @@ def slope(values: list[float]) -> dict[str, float]:
     residuals = [m - line.slope * at - line.intercept for at, m in zip(x, means, strict=True)]
     spread = sum((at - statistics.fmean(x)) ** 2 for at in x)
     margin = T_975 * math.sqrt(sum(r * r for r in residuals) / (BATCHES - 2) / spread)
-    return {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin, "last": values[-1]}
+    slope = {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin}
+    return slope | {"means": [round(m) for m in means], "last": values[-1]}
 
 
 def main() -> int:
