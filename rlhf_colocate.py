@@ -65,6 +65,7 @@ from rlhf_preflight import (
     LONGEST_PROMPT,
     MISSING,
     PASS,
+    STAGES,
     USAGE,
     Stop,
     preflight,
@@ -154,14 +155,12 @@ class Config:
     plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
-    checkpoint_every: int = flag(0, "and after every so many RLHF steps (0: only at the end)")
-    resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more")
+    checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)")
+    resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more; the other flags as before")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(
-        600.0, "seconds that actors have for one turn of a stage (the last table's); the late count as lost"
-    )
-    stage_timeout: str | None = flag(None, "the same for single stages, as in push=5,rollout=60")
-    max_restarts: int = flag(1, "how many times a run rebuilds actors that died or hang, once the RLHF loop has begun")
+    timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost")
+    stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
+    max_restarts: int = flag(1, "how often a run that is in its RLHF loop rebuilds what died or hangs; 0: it ends")
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
     @property
@@ -588,6 +587,7 @@ class Colocation:
         self.state = "ready"  # of the engines, see TRANSITIONS
         self.log, self.watch, self.limits = log or Log(), Watch(), stage_timeouts(config)
         self.base_port = free_port()
+        self.sockets = tempfile.TemporaryDirectory(prefix="vllm-")  # vLLM leaves its own behind
         self.stage_now: tuple[str, float] | None = None  # its name, and when it began
         self.saved = model if config.resume else None  # the last checkpoint of this run
         self.model_config = json.loads((model / "config.json").read_text())
@@ -606,6 +606,7 @@ class Colocation:
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
             "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
+            "VLLM_RPC_BASE_PATH": self.sockets.name,
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -806,12 +807,12 @@ class Colocation:
 
     @contextlib.contextmanager
     def transition(self, action: str):
-        """Do `action` only where TRANSITIONS allows it. If it fails, the engines can do nothing more."""
+        """Do `action` only where TRANSITIONS allows it. If it fails, nothing more is, until `recover`."""
         if (self.state, action) not in TRANSITIONS:
             allowed = ", ".join(a for state, a in TRANSITIONS if state == self.state) or "nothing"
             raise RuntimeError(f"found the engines {self.state}, which allows {allowed}; was asked for {action}")
         state, self.state = self.state, f"broken: {action} failed"
-        yield
+        yield  # no try: this is what it stays if an error comes through
         self.state = TRANSITIONS[state, action]
 
     def perturb(self, version: int) -> dict[str, str]:
@@ -1021,6 +1022,7 @@ class Colocation:
         ray.shutdown()
         kill(psutil.wait_procs(processes, timeout=10)[1])
         remove(files)
+        self.sockets.cleanup()
 
 
 class SabotagedColocation(Colocation):
@@ -1195,6 +1197,8 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
         report.setdefault("learned", []).append({"prompt": prompts[i], **samples})
     first, last = report["steps"][0], report["steps"][-1]
     log("step", f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}")
+    if losses := report["losses"]:
+        log("lost", f"{len(losses)} of --max-restarts {config.max_restarts} were needed")
     for sample in report["learned"][:2]:
         log("rollout", f"before {brief(sample['before'])}")
         log("rollout", f"after  {brief(sample['after'])}")
@@ -1263,7 +1267,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                     push = colocation.push(version)
                 with phase("wake KV"):
                     colocation.wake_up("kv_cache")
-                trained = step
+                trained = step  # a loss from here on leaves this step's samples, rewards and metrics as they are
             if step in (done + 1, last):
                 with colocation.stage("verify"):
                     elements = colocation.require_elements(digests, f"step {step}")

@@ -153,7 +153,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     if unborn:  # its constructor raised: another one's would, too
         raise Stop(f"{names(unborn)} ({what}): {explain(answered[min(unborn)])}")
     if lost := died | (find_lost(colocation) if text else watch.ended()):
-        known = not text or "connection error code" in text  # Ray's words for a process that has ended
+        # Ray's and vLLM's words for a process that has ended.
+        known = not text or "connection error code" in text or text.endswith(": cancelled")
         raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if known else f" ({text})"))
     if text:
         raise Stop(f"{names(failed) or what} ({what}): {text}")
@@ -164,7 +165,7 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     late = stopped or late
     found = f"no answer from {names(late)} within {seconds:g} s: {watch.describe(late)}"
     flag = f"--stage-timeout {stage}=" if stage in STAGES else "--timeout "
-    raise Lost(late, f"{what}: {found}; to wait longer, type {flag}{2 * seconds:g}")
+    raise Lost(late, f"{what}: {found}" + ("" if stopped else f"; to wait longer, type {flag}{2 * seconds:g}"))
 
 
 def require_alive(colocation: Colocation, what: str) -> None:
@@ -245,19 +246,19 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
     Returns (version, what `Colocation.push` and `Colocation.check_replicas` do, steps done, the last step's metrics).
     Raises Stop if there was a loss too many, or the trainers' state is lost with them.
     """
-    allowed, stuck = colocation.config.max_restarts, "learn" in colocation.state
+    allowed, stuck = colocation.config.max_restarts, colocation.state == "broken: learn failed"  # see `transition`
     before = colocation.saved
     with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:  # for the trainers' state
         while True:
-            if len(losses) >= allowed:
-                more = f"; {allowed} of --max-restarts {allowed} are used up" if allowed else ""
-                raise Stop(f"{lost}{more}") from None
             losses.append({"lost": sorted(map(part_name, lost.parts)), "message": str(lost)})
+            if len(losses) > allowed:
+                used = f"{allowed} of --max-restarts {allowed} are used up" if allowed else "found --max-restarts 0"
+                raise Stop(f"{lost}; {used}; to go on after a loss, type --max-restarts {len(losses)}") from None
             log("lost", str(lost))
             version, start = version + 1, time.monotonic()  # never one that an engine may have seen
             try:
                 with colocation.stage("recover"):
-                    parts, silent = take_stock(colocation, lost.parts, stuck)
+                    parts, silent = take_stock(colocation, lost.parts, stuck, lambda text: log("lost", text))
                 if silent:
                     losses[-1]["lost"] = sorted(map(part_name, parts))
                     log("lost", f"{names(silent)} did not answer, and count as lost, too")
@@ -270,11 +271,12 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
             if not colocation.config.checkpoint:
                 colocation.saved = before  # what was saved meanwhile goes with the folder
             seconds = losses[-1]["seconds"] = round(time.monotonic() - start, 3)
-            log("lost", f"recovered in {seconds:.1f} s: going on after step {steps}, version {version} is everywhere")
+            count = f"restart {len(losses)} of {allowed}"
+            log("lost", f"recovered in {seconds:.1f} s, {count}: going on after step {steps} with version {version}")
             return version, push, digests, steps, metrics
 
 
-def take_stock(colocation: Colocation, lost: set[Part], stuck: bool) -> tuple[set[Part], set[Part]]:
+def take_stock(colocation: Colocation, lost: set[Part], stuck: bool, say) -> tuple[set[Part], set[Part]]:
     """(all parts to rebuild, those among them that live but do not answer).
 
     The busy are waited for until the stage's deadline, as they may be all that is left of the trainers' state. Only
@@ -287,8 +289,13 @@ def take_stock(colocation: Colocation, lost: set[Part], stuck: bool) -> tuple[se
     dead, silent = set(), set()
     for asked, patient in ((trainers, not stuck), (rest - trainers, True)):
         left = colocation.deadline()[0] - time.monotonic()
-        found = ping(colocation, asked, max(PING_S, left) if patient else PING_S)
-        dead, silent = dead | found[0], silent | found[1]
+        patience = max(PING_S, left) if patient else PING_S
+        found, busy = ping(colocation, asked, 1.0)
+        if busy:
+            say(f"waiting for {names(busy)}, {patience:.0f} s at most")
+            found_later, busy = ping(colocation, busy, patience)
+            found |= found_later
+        dead, silent = dead | found, silent | busy
     return lost | dead | silent, silent
 
 
@@ -317,7 +324,7 @@ def rebuild(colocation: Colocation, parts: set[Part], scratch: Path, version: in
         colocation.rebuild_engines(sorted(i for _, i in engines))
     new = engines | {p for p in colocation.parts() if trainers and p[0] == "training actor"}
     say("rebuilt: " + ", ".join(f"{m.role} is pid {m.pid}" for m in colocation.watch.of(new)))
-    colocation.on_trainers("restore", version)
+    colocation.on_trainers("restore", version)  # for the version: there is no noise to take back
     digests = colocation.check_replicas()
     colocation.state = "asleep"
     colocation.wake_up("weights")

@@ -143,7 +143,7 @@ def check_loop(config: Config) -> None:
     if config.resume:
         state = Path(config.resume) / "trainer_state.pt"
         needed = "a folder that --checkpoint wrote"
-        require(state.is_file(), f"no {state}", needed, "check --resume", USAGE)
+        require(state.is_file(), f"no {state}", needed, "type its path after --resume", USAGE)
         require(not config.model, "--model and --resume", "one of them", "leave out --model", USAGE)
 
 

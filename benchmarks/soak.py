@@ -2,11 +2,12 @@
 
 python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
 
-Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
-GPU memory in use on all GPUs; bytes in /dev/shm. Reported for each: its slope per push or per step, with the 95 %
-confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far enough
-apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes
-and of the steps is warm-up: pools and caches grow to their size.
+Samples: anonymous memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
+GPU memory in use on all GPUs; bytes in /dev/shm. (Anonymous is what is resident and neither a file's nor shared: code
+that runs for the first time is no leak.) Reported for each: its slope per push or per step, with the 95 % confidence
+interval. The slope is the least-squares line through the means of ten equal batches, which are far enough apart to be
+taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes and of the
+steps is warm-up: pools and caches grow to their size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import array
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rlhf_colocate as rc  # noqa: E402
+from rlhf_preflight import INTERRUPTED  # noqa: E402
 
 BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
 
@@ -47,8 +50,9 @@ class Sampled(rc.Colocation):
         parts = [("worker" if "rank" in m.role else m.part[0], m.process) for m in self.watch.members]
         for kind, process in driver + parts:
             with process.oneshot():
-                numbers = (process.memory_info().rss, process.num_fds(), process.num_threads())
-            for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
+                memory = process.memory_info()
+                numbers = (memory.rss - memory.shared, process.num_fds(), process.num_threads())
+            for unit, number in zip(("anonymous bytes", "file descriptors", "threads"), numbers, strict=True):
                 found[f"{kind} {unit}"] = found.get(f"{kind} {unit}", 0) + number
         used = rc.flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
         shm = os.statvfs("/dev/shm")
@@ -82,10 +86,11 @@ def slope(values: list[float]) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pushes", type=int, default=200)
+    parser.add_argument("--pushes", type=int, default=200, help="pushes in a row, before the loop (default: 200)")
     parser.add_argument("--loop-steps", type=int, default=20, help="steps of the RLHF loop (default: 20)")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="write the slopes to this JSON file")
     args, flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
     for given in (args.pushes, args.loop_steps):
         if given < BATCHES:
             parser.error(f"found {given}; needed {BATCHES} or more of each for a slope")
@@ -118,6 +123,8 @@ def main() -> int:
         except rc.Stop as stop:
             print(f"soak.py: error: {stop}", file=sys.stderr)
             return stop.code
+        except KeyboardInterrupt:
+            return INTERRUPTED
         finally:
             if colocation:
                 colocation.close()
