@@ -135,7 +135,7 @@ def drills() -> str:
     """One row per fault; seconds to the message, and to the end of the recovery, by hardware."""
     reports = load("drills-*.json")
     rows: dict[str, list[str]] = {}
-    for r in reports.values():
+    for r in reversed(reports.values()):  # the rehearsal has nearly all of them
         for row in r["rows"]:
             rows.setdefault(row["drill"], [f"`{row['drill']}`", row["fault"], row["expected"]])
     for r in reports.values():
@@ -151,17 +151,19 @@ def drills() -> str:
 
 def soaks() -> str:
     """What grows, per push and per step, with its confidence interval."""
-    reports, rows = load("soak-*.json"), {}
+    reports, columns = load("soak-*.json"), []
     for r in reports.values():
         for kind in ("pushes", "steps"):
+            column = {}
             for name, s in r[kind]["slopes"].items():
                 unit = 1024 if "bytes" in name else 1
                 numbers = [f"{s[n] / unit:.2g}" for n in ("slope", "low", "high")]
                 none = s["slope"] == s["low"] == s["high"] == 0
-                cell = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
-                rows.setdefault(name.replace("bytes", "KiB"), []).append(cell)
+                column[name.replace("bytes", "KiB")] = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+            columns.append(column)
+    names = dict.fromkeys(name for column in columns for name in column)
     header = [f"[{hardware(r)}](results/{n}.json), per {k}" for n, r in reports.items() for k in ("push", "step")]
-    return table(["", *header], [[name, *cells] for name, cells in rows.items()])
+    return table(["", *header], [[name, *(column.get(name, "–") for column in columns)] for name in names])
 
 
 def tested() -> str:
