@@ -472,7 +472,7 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
                 alarm.cancel()
         seconds = time.monotonic() - start
         time.sleep(1)
-        temporary = [f for f in os.listdir(folder) if f != "ray"]  # Ray's logs stay
+        temporary = [f for f in os.listdir(folder) if not re.match("ray$|torchinductor_", f)]
         done = json.loads(report.read_text()) if report.exists() else {}
         weights = done["steps"][-1]["weights"] if done.get("steps") else None  # their digest, after the last step
     left = {"processes": processes_with(mark), "/dev/shm": sorted(set(os.listdir("/dev/shm")) - shm)}

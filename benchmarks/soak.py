@@ -2,12 +2,11 @@
 
 python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
 
-Samples: anonymous memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
-GPU memory in use on all GPUs; bytes in /dev/shm. (Anonymous is what is resident and neither a file's nor shared: code
-that runs for the first time is no leak.) Reported for each: its slope per push or per step, with the 95 % confidence
-interval. The slope is the least-squares line through the means of ten equal batches, which are far enough apart to be
-taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes and of the
-steps is warm-up: pools and caches grow to their size.
+Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
+GPU memory in use on all GPUs; bytes in /dev/shm. Reported for each: its slope per push or per step, with the 95 %
+confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far enough
+apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes
+and of the steps is warm-up: pools and caches grow to their size.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ class Sampled(rc.Colocation):
         parts = [("worker" if "rank" in m.role else m.part[0], m.process) for m in self.watch.members]
         for kind, process in driver + parts:
             with process.oneshot():
-                memory = process.memory_info()
-                numbers = (memory.rss - memory.shared, process.num_fds(), process.num_threads())
-            for unit, number in zip(("anonymous bytes", "file descriptors", "threads"), numbers, strict=True):
+                numbers = (process.memory_info().rss, process.num_fds(), process.num_threads())
+            for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
                 found[f"{kind} {unit}"] = found.get(f"{kind} {unit}", 0) + number
         used = rc.flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
         shm = os.statvfs("/dev/shm")
