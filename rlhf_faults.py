@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import tempfile
@@ -156,9 +157,9 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
         # Ray's and vLLM's words for a process that has ended.
         known = not text or "connection error code" in text or text.endswith(": cancelled")
         raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if known else f" ({text})"))
-    if text:
+    if text:  # its method raised, and all processes live
         raise Stop(f"{names(failed) or what} ({what}): {text}")
-    late = set(parts) - answered.keys()
+    late = set(parts) - answered.keys()  # nothing has ended or raised: the deadline
     if not late:  # they answered in the meantime
         return wait_for(colocation, refs, parts, what)
     stopped = {m.part for m in watch.of(late) if m.state()}  # the others may just be waiting for these
@@ -247,23 +248,23 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
     Raises Stop if there was a loss too many, or the trainers' state is lost with them.
     """
     allowed, stuck = colocation.config.max_restarts, colocation.state == "broken: learn failed"  # see `transition`
-    before = colocation.saved
+    before, say = colocation.saved, functools.partial(log, "lost")
     with tempfile.TemporaryDirectory(prefix="rlhf-colocate-") as scratch:  # for the trainers' state
         while True:
             losses.append({"lost": sorted(map(part_name, lost.parts)), "message": str(lost)})
             if len(losses) > allowed:
                 used = f"{allowed} of --max-restarts {allowed} are used up" if allowed else "found --max-restarts 0"
                 raise Stop(f"{lost}; {used}; to go on after a loss, type --max-restarts {len(losses)}") from None
-            log("lost", str(lost))
+            say(str(lost))
             version, start = version + 1, time.monotonic()  # never one that an engine may have seen
             try:
                 with colocation.stage("recover"):
-                    parts, silent = take_stock(colocation, lost.parts, stuck, lambda text: log("lost", text))
+                    parts, silent = take_stock(colocation, lost.parts, stuck, say)
                 if silent:
                     losses[-1]["lost"] = sorted(map(part_name, parts))
-                    log("lost", f"{names(silent)} did not answer, and count as lost, too")
+                    say(f"{names(silent)} did not answer, and count as lost, too")
                 with colocation.stage("recover"):
-                    push, digests = rebuild(colocation, parts, Path(scratch), version, lambda text: log("lost", text))
+                    push, digests = rebuild(colocation, parts, Path(scratch), version, say)
                     steps, metrics = colocation.on_trainers("progress")[0]
             except Lost as another:
                 lost = another
@@ -272,7 +273,7 @@ def recover(colocation: Colocation, lost: Lost, version: int, losses: list[dict]
                 colocation.saved = before  # what was saved meanwhile goes with the folder
             seconds = losses[-1]["seconds"] = round(time.monotonic() - start, 3)
             count = f"restart {len(losses)} of {allowed}"
-            log("lost", f"recovered in {seconds:.1f} s, {count}: going on after step {steps} with version {version}")
+            say(f"recovered in {seconds:.1f} s, {count}: going on after step {steps} with version {version}")
             return version, push, digests, steps, metrics
 
 

@@ -163,7 +163,10 @@ def soaks() -> str:
             columns.append(column)
     names = dict.fromkeys(name for column in columns for name in column)
     header = [f"[{hardware(r)}](results/{n}.json), per {k}" for n, r in reports.items() for k in ("push", "step")]
-    return table(["", *header], [[name, *(column.get(name, "–") for column in columns)] for name in names])
+    rows = {name: [column.get(name, "–") for column in columns] for name in names}
+    still = [name for name, cells in rows.items() if set(cells) == {"0"}]  # one row for all that never moves
+    moving = [[name, *cells] for name, cells in rows.items() if name not in still]
+    return table(["", *header], [*moving, [", ".join(still), *["0"] * len(columns)]])
 
 
 def tested() -> str:
