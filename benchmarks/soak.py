@@ -1,5 +1,8 @@
 """Does anything grow? Many pushes and many steps of the RLHF loop, with what all processes hold sampled after each.
 
+Before them come as many calls that do nothing, `collective_rpc("check_health")`: what grows with these is vLLM's and
+Ray's own.
+
 python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
 
 Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import contextlib
 import json
 import math
 import os
@@ -33,7 +37,7 @@ BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
 
 
 class Sampled(rc.Colocation):
-    """A layout that samples what its processes hold after each push."""
+    """A layout that samples what its processes hold, after each push and when told."""
 
     def begin(self, count: int) -> None:
         """Forget the samples, and make room for this many: what keeps them must not grow."""
@@ -56,11 +60,14 @@ class Sampled(rc.Colocation):
         shm = os.statvfs("/dev/shm")
         return found | {"GPU bytes": sum(used), "/dev/shm bytes": (shm.f_blocks - shm.f_bfree) * shm.f_frsize}
 
-    def push(self, version: int) -> dict:
-        push = super().push(version)
+    def sample(self) -> None:
         for name, number in self.held().items():
             self.samples.setdefault(name, array.array("d", [0.0]) * self.count)[self.taken] = number
         self.taken += 1
+
+    def push(self, version: int) -> dict:
+        push = super().push(version)
+        self.sample()
         return push
 
     def slopes(self) -> dict[str, dict]:
@@ -93,31 +100,37 @@ def main() -> int:
         if given < BATCHES:
             parser.error(f"found {given}; needed {BATCHES} or more of each for a slope")
     config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps), "--max-restarts", "0"])
-    log, report, colocation = rc.Log(), {"pushes": []}, None
+    log, report, colocation, done = rc.Log(), {"pushes": []}, None, {}
+
+    @contextlib.contextmanager
+    def soaked(kind: str, count: int, samples: int):
+        """Sample what is done within, and add it to what is done."""
+        log("soak", f"{count} {kind}")
+        colocation.begin(samples)
+        start = time.perf_counter()
+        yield
+        done[kind] = {"count": count, "seconds": time.perf_counter() - start, "slopes": colocation.slopes()}
+
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         try:
             colocation = Sampled(config, *rc.preflight(config, log, report, Path(scratch)), log)
-            colocation.begin(args.pushes)
             colocation.start_ray()
             colocation.start_actors()
             trainers = colocation.on_trainers("report_device_id")
             colocation.build_learners()
             colocation.start_engines(trainers)
             colocation.connect()
-            log("soak", f"{args.pushes} pushes")
-            start = time.perf_counter()
-            for i in range(args.pushes):
-                # Above all versions of the loop, which begin at 2: none may be given out twice.
-                colocation.on_trainers("perturb", 1_000_000 + i)
-                colocation.push(1_000_000 + i)
-            done = {"pushes": {"count": args.pushes, "seconds": time.perf_counter() - start}}
-            done["pushes"]["slopes"] = colocation.slopes()
-            colocation.begin(args.loop_steps + 1)  # the loop begins with a push
-            start = time.perf_counter()
-            log("soak", f"{args.loop_steps} steps of the loop")
-            rc.learn(config, log, report, colocation, done=0)
-            done["steps"] = {"count": args.loop_steps, "seconds": time.perf_counter() - start}
-            done["steps"]["slopes"] = colocation.slopes()
+            with soaked("calls", args.pushes, args.pushes):
+                for _ in range(args.pushes):
+                    colocation.on_engines("collective_rpc", "check_health")
+                    colocation.sample()
+            with soaked("pushes", args.pushes, args.pushes):
+                for i in range(args.pushes):
+                    # Above all versions of the loop, which begin at 2: none may be given out twice.
+                    colocation.on_trainers("perturb", 1_000_000 + i)
+                    colocation.push(1_000_000 + i)
+            with soaked("steps", args.loop_steps, args.loop_steps + 1):  # the loop begins with a push
+                rc.learn(config, log, report, colocation, done=0)
         except rc.Stop as stop:
             print(f"soak.py: error: {stop}", file=sys.stderr)
             return stop.code
@@ -132,7 +145,7 @@ def main() -> int:
         "layout": {"trainers": config.num_gpus, "engines": config.num_engines, "tp": config.tensor_parallel_size},
     }
     Path(args.output).write_text(json.dumps(report | done, indent=1) + "\n")
-    for kind in ("pushes", "steps"):
+    for kind in done:
         found = done[kind]["slopes"].items()
         rows = [[what, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"] for what, s in found]
         rc.print_table([kind, "slope", "95 % from", "to", "at the end"], rows)

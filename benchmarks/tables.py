@@ -149,11 +149,14 @@ def drills() -> str:
     return table(["drill", "fault", "what must happen", *links], list(rows.values()))
 
 
+KINDS = {"calls": "empty call", "pushes": "push", "steps": "step"}  # of soak.py
+
+
 def soaks() -> str:
-    """What grows, per push and per step, with its confidence interval."""
+    """What grows, with its confidence interval."""
     reports, columns = load("soak-*.json"), []
     for r in reports.values():
-        for kind in ("pushes", "steps"):
+        for kind in (k for k in KINDS if k in r):
             column = {}
             for name, s in r[kind]["slopes"].items():
                 unit = 1024 if "bytes" in name else 1
@@ -162,7 +165,8 @@ def soaks() -> str:
                 column[name.replace("bytes", "KiB")] = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
             columns.append(column)
     names = dict.fromkeys(name for column in columns for name in column)
-    header = [f"[{hardware(r)}](results/{n}.json), per {k}" for n, r in reports.items() for k in ("push", "step")]
+    found = [(f"[{hardware(r)}](results/{n}.json)", k) for n, r in reports.items() for k in KINDS if k in r]
+    header = [f"{report}, per {KINDS[k]}" for report, k in found]
     rows = {name: [column.get(name, "–") for column in columns] for name in names}
     still = [name for name, cells in rows.items() if set(cells) == {"0"}]  # one row for all that never moves
     moving = [[name, *cells] for name, cells in rows.items() if name not in still]
