@@ -1029,8 +1029,11 @@ class SabotagedColocation(Colocation):
     """The negative controls (--inject): the same run, broken in one place, to show that the right check fails."""
 
     def handles(self) -> dict[str, dict]:
+        import rlhf_utils
+
         messages = super().handles()
-        weights = next(iter(messages.values()))["weights"]
+        message = next(iter(messages.values()))
+        weights = message["weights"]
         if self.config.inject == "drop-tensor":
             weights.pop(len(weights) // 2)
         elif self.config.inject == "swap-tensors":
@@ -1039,6 +1042,7 @@ class SabotagedColocation(Colocation):
                 if len(w["shape"]) == 2 and (twin := twins.setdefault(tuple(w["shape"]), w)) is not w:
                     w["name"], twin["name"] = twin["name"], w["name"]
                     break
+        message["checksum"] = rlhf_utils.checksum(message)
         return messages
 
     def perturb(self, version: int) -> dict[str, str]:

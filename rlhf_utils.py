@@ -14,6 +14,8 @@ Copy this file into your trainer as it is: it imports torch, and vLLM and Ray in
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import time
@@ -141,8 +143,8 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
     """Describe tensors so that another process on the same GPU (CPU: same host) can map them.
 
     Returns plain data that any serializer carries: {"storages": [{...}], "weights": [{"name", "dtype", "shape",
-    "stride", "offset", "storage"}]}, strides and offsets in elements. Each storage is exported once, however many
-    tensors view it, because the receiver may open one export only once (torch counts references per export).
+    "stride", "offset", "storage"}], "checksum"}, strides and offsets in elements. Each storage is exported once, however
+    many tensors view it, because the receiver may open one export only once (torch counts references per export).
     The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
     Waits for the device: everything launched before this call is in the tensors when it returns.
     """
@@ -168,7 +170,17 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
         )
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return {"storages": storages, "weights": weights}
+    message = {"storages": storages, "weights": weights}
+    return message | {"checksum": checksum(message)}
+
+
+def checksum(message: dict) -> str:
+    """SHA-256 of all that a message says, as hex digits: against damage, not against forgers.
+
+    A damaged handle may well describe memory: another weight's, or more than there is, which a GPU does not forgive.
+    """
+    content = {k: v for k, v in message.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(content, default=bytes.hex).encode()).hexdigest()
 
 
 def _export_storage(storage: torch.UntypedStorage) -> dict:
@@ -198,6 +210,7 @@ def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torc
     description shows it.
     """
     with _malformed():
+        _check_checksum(message)
         for w in message["weights"]:
             _check_extent(w, message["storages"])
         storages = [_open_storage(s, device) for s in message["storages"]]
@@ -229,6 +242,11 @@ def _malformed():
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, OSError) as error:
         kind = type(error).__name__
         raise HandleError(f"found a malformed message ({kind}: {error}), needed what export_handles returns") from None
+
+
+def _check_checksum(message: dict) -> None:
+    if message["checksum"] != checksum(message):
+        raise HandleError("found handles that were changed on the way (the checksum differs), needed them as exported")
 
 
 def _check_extent(weight: dict, storages: list[dict]) -> None:
@@ -419,6 +437,7 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
     with _malformed():
+        _check_checksum(message)
         _check_message(message, layout)
 
 

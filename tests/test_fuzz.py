@@ -1,4 +1,4 @@
-"""Messages of handles with random damage: each is refused with a HandleError, or describes memory that is there."""
+"""Messages of handles with random damage. No vLLM, no GPU."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import rlhf_utils
-from rlhf_utils import HandleError, export_handles, open_handles
+from rlhf_utils import VERSION, HandleError, Layout, Region, export_handles, open_handles
 
+CPU = torch.device("cpu")
 numbers = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, -1]), st.booleans()
 )
@@ -23,13 +24,37 @@ junk = st.recursive(
 likely = st.sampled_from(
     ["cpu", "cuda", "empty", "float32", "float64", "complex64", "w", "/proc/self/fd/0", "/proc/1/fd/1", "/dev/zero"]
 )
+ten_thousand = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(scope="module")
-def good() -> dict:
-    weights = {"w": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "e": torch.empty(0, 2)}
-    rlhf_utils.share_memory(weights.values())
-    return export_handles([*weights.items(), ("t", weights["w"].t())])
+class Trainer:
+    def __init__(self):
+        self.weights = {"w": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
+        self.weights |= {"e": torch.empty(0, 2), VERSION: torch.tensor(7)}
+        rlhf_utils.share_memory(self.weights.values())
+
+    def message(self) -> dict:
+        return export_handles(self.weights.items())
+
+
+class Worker(rlhf_utils.ColocateWorkerExtension):
+    """What vLLM's worker brings to the extension, with a model that loads by name."""
+
+    device, rank, model_config = CPU, 0, None
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        self.parameters = {n: torch.full_like(t, 3) for n, t in weights.items() if n != VERSION}
+
+    def get_model(self):
+        return self
+
+    def load_weights(self, weights) -> None:
+        for name, weight in weights:
+            self.parameters[name].copy_(weight)
+
+    def layout(self, _model) -> Layout:
+        whole = [Region(n, (), n, (), tuple(p.shape), p.dtype) for n, p in self.parameters.items()]
+        return Layout(whole, {}, {}, False, frozenset())
 
 
 def places(value, path=()):
@@ -40,10 +65,8 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_ten_thousand_damaged_messages(good, data):
-    message = copy.deepcopy(good)
+def damage(data, message: dict) -> None:
+    """One to three times: drop, cut, double or replace a value somewhere in it, or give a key another name."""
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.sampled_from(list(places(message)) or [()]))
         if not where:
@@ -52,15 +75,65 @@ def test_ten_thousand_damaged_messages(good, data):
         parent = message
         for step in way:
             parent = parent[step]
-        kind = data.draw(st.sampled_from(["delete", "number", "likely", "junk", "duplicate"]))
+        kind = data.draw(st.sampled_from(["delete", "cut", "rename", "number", "likely", "junk", "double"]))
         if kind == "delete":
             del parent[key]
-        elif kind == "duplicate" and isinstance(parent, list):
+        elif kind == "cut" and isinstance(parent[key], (str, bytes, list)):
+            parent[key] = parent[key][: data.draw(st.integers(0, len(parent[key])))]
+        elif kind == "rename" and isinstance(parent, dict):
+            parent[data.draw(st.text(max_size=3))] = parent.pop(key)
+        elif kind == "double" and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         else:
             parent[key] = data.draw({"number": numbers, "likely": likely}.get(kind, junk))
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer()
+
+
+def test_ten_thousand_damaged_messages_are_refused(trainer, monkeypatch):
+    """All of them, whichever GPU's message it is, before a parameter is touched."""
+    worker = Worker(trainer.weights)
+    monkeypatch.setattr(rlhf_utils, "expected_layout", worker.layout)
+    before = {n: p.clone() for n, p in worker.parameters.items()}
+    good = {"cpu": trainer.message(), "GPU-other": trainer.message()}
+    refused = []
+
+    @ten_thousand
+    @given(data=st.data())
+    def refuse(data):
+        messages = copy.deepcopy(good)
+        if not (gpu := data.draw(st.sampled_from([*good, None]))):
+            messages[data.draw(st.text(max_size=6))] = messages.pop("cpu")  # another GPU's UUID
+        else:
+            damage(data, messages[gpu])
+        assume(repr(messages) != repr(good))
+        for method in (worker.update_weights_from_ipc_handles, worker.connect_weights):
+            with pytest.raises(HandleError, match=r"(?s)^found .*needed "):
+                method(messages)
+        assert all(torch.equal(p, before[n]) for n, p in worker.parameters.items())
+        refused.append(gpu)
+
+    refuse()
+    assert len(refused) >= 10_000
+    assert worker.update_weights_from_ipc_handles(good)["version"] == 7, "the message itself is a good one"
+    assert all(torch.equal(p, trainer.weights[n]) for n, p in worker.parameters.items())
+
+
+@ten_thousand
+@given(data=st.data())
+def test_ten_thousand_forged_messages_cannot_reach_beyond_shared_memory(trainer, data):
+    """With a checksum that fits: each is refused, or describes memory that is there."""
+    message = trainer.message()
+    damage(data, message)
     try:
-        with open_handles(message, torch.device("cpu")) as tensors:
+        message["checksum"] = rlhf_utils.checksum(message)
+    except TypeError:  # bytes as keys, for instance: no message that could be sent
+        return
+    try:
+        with open_handles(message, CPU) as tensors:
             for tensor in tensors.values():
                 tensor.clone()  # all of it can be read
     except HandleError as error:

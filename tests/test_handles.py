@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rlhf_utils
-from rlhf_utils import HandleError, Layout, Region, check_message, digest, export_handles, open_handles
+from rlhf_utils import HandleError, Layout, Region, check_message, checksum, digest, export_handles, open_handles
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -120,6 +120,7 @@ def test_private_memory_is_refused():
 def test_a_description_that_does_not_fit_is_refused(module, field, value, says):
     message = export_handles([("layer.weight", module.matrix)])
     message["weights"][0][field] = value
+    message["checksum"] = checksum(message)
     with pytest.raises(HandleError, match=rf"layer\.weight.*{says}"), open_handles(message, CPU):
         pass
 
@@ -130,6 +131,7 @@ def test_a_description_that_does_not_fit_is_refused(module, field, value, says):
 def test_a_storage_that_is_not_there_is_refused(module, field, value):
     message = export_handles([("w", module.matrix)])
     message["storages"][0][field] = value
+    message["checksum"] = checksum(message)
     with pytest.raises(HandleError), open_handles(message, CPU):
         pass
 
@@ -221,6 +223,11 @@ def layout() -> Layout:
     return Layout([region("a", 4), region("b", 4)], {}, {}, False, frozenset())
 
 
+def check(*weights: dict) -> None:
+    message = {"storages": [], "weights": list(weights)}
+    check_message(message | {"checksum": checksum(message)}, layout())
+
+
 def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
     return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0}
 
@@ -229,12 +236,12 @@ VERSION = {"name": rlhf_utils.VERSION, "shape": [], "stride": [], "dtype": "int6
 
 
 def test_a_complete_message_is_accepted():
-    check_message({"weights": [weight("b"), weight("a"), VERSION]}, layout())
+    check(weight("b"), weight("a"), VERSION)
 
 
 def test_a_message_without_a_version_is_refused():
     with pytest.raises(HandleError, match=f"missing: {rlhf_utils.VERSION}"):
-        check_message({"weights": [weight("b"), weight("a")]}, layout())
+        check(weight("b"), weight("a"))
 
 
 @pytest.mark.parametrize(
@@ -249,4 +256,4 @@ def test_a_message_without_a_version_is_refused():
 )
 def test_a_wrong_message_is_refused_by_name(weights, says):
     with pytest.raises(HandleError, match=says):
-        check_message({"weights": [*weights, VERSION]}, layout())
+        check(*weights, VERSION)
