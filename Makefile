@@ -1,4 +1,4 @@
-# make run ARGS="--num-gpus 1"    make test ARGS="-k push"    make clean
+# make run ARGS="--num-gpus 1 --tensor-parallel-size 1"    make test ARGS="-k push"    make clean
 # .venv is built afresh when it is missing or the requirements changed; PY=python3 uses an environment of your own.
 
 PY ?= .venv/bin/python

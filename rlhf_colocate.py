@@ -32,6 +32,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -55,7 +56,6 @@ from rlhf_faults import (
     recover,
     remove,
     require_alive,
-    shared_memory_files,
     wait_for,
 )
 from rlhf_preflight import (
@@ -239,16 +239,27 @@ class RayTrainingActor:
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
     def build_learner(
-        self, rank: int, world: int, address: str, resume: str | None, learning_rate: float | None, options: dict
+        self,
+        rank: int,
+        world: int,
+        address: str,
+        patience_s: float,
+        resume: str | None,
+        learning_rate: float | None,
+        options: dict,
     ) -> int:
-        """Make the optimizer, and the process group of all trainers. Returns how many steps it has done before."""
+        """Make the optimizer, and the process group of all trainers. Returns how many steps it has done before.
+
+        patience_s: of the process group, with trainers that are late for an all-reduce.
+        """
         import torch
 
         import rlhf_grpo
 
         if world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=world)
+            patience = datetime.timedelta(seconds=patience_s)
+            torch.distributed.init_process_group(backend, f"tcp://{address}", patience, world, rank)
         # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
         default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
         rate = default if learning_rate is None else learning_rate
@@ -265,7 +276,7 @@ class RayTrainingActor:
 
     @contextlib.contextmanager
     def _weights_change(self, version: int):
-        """What engines read of `version` meanwhile: -1. The change is over, on the GPU too, when this is left."""
+        """`version` reads -1 within; when this is left, the change is over, on the GPU too, and `version` is set."""
         import torch
 
         settle = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -437,10 +448,7 @@ class MyLLM:
             self.asleep.discard(tag)
 
     def stand_by(self, level: int) -> None:
-        """Not connected, and not to be used before a push, whatever went on before: where a recovery starts.
-
-        level: how to sleep meanwhile if it is awake, 0 for not at all.
-        """
+        """Where a recovery starts: disconnect, refuse to generate until a push, sleep at `level` (0: stay awake)."""
         self.version = None
         self.collective_rpc("disconnect_weights")
         if level and not self.asleep:
@@ -543,11 +551,15 @@ def match_placement(trainers: list[dict], engines: list[list[dict]]) -> list[dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run, unless it was started to ignore them
+
+
 @contextlib.contextmanager
 def interrupts_deferred():
     """Let Ctrl-C wait: interrupted half-way, starting or stopping Ray would leave processes behind."""
     pending = []
-    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
+    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in heard}
     try:
         yield
     finally:
@@ -595,7 +607,7 @@ class Colocation:
 
     @interrupts_deferred()
     def start_ray(self) -> None:
-        """Start a private Ray, or join the one at --ray-address. Its processes belong to the engines unless told so.
+        """Start a private Ray, or join the one at --ray-address. Its processes are an engine's unless told otherwise.
 
         Ray starts num_cpus processes ahead, at once and in parallel, and each imports rlhf_utils, which imports vLLM.
         An actor gets one of them if its runtime_env is empty, like theirs: hence the settings in os.environ, which
@@ -607,6 +619,8 @@ class Colocation:
             "RLHF_COLOCATE_ROLE": "engine",
             "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
             "VLLM_RPC_BASE_PATH": self.sockets.name,
+            # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.
+            "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(max([config.timeout, *self.limits.values()])) + 60),
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -648,6 +662,7 @@ class Colocation:
             _system_config={"preload_python_modules": ["rlhf_utils"], "task_events_report_interval_ms": 0},
             **options,
         )
+        self.watch.add_ray()
 
     def start_actors(self) -> None:
         """Ask for everything at once: the actors' imports run in parallel."""
@@ -797,9 +812,9 @@ class Colocation:
     def on_engines(self, method: str, *args) -> list:
         return self.ask(self.engines, method, *args)
 
-    def on_workers(self, method: str, messages: dict, *args) -> list:
-        """Call a worker extension's method with all trainers' messages. Results: all workers, flat."""
-        return flatten(self.on_engines("collective_rpc", method, messages, *args))
+    def on_workers(self, method: str, *args) -> list:
+        """Call a method of the worker extension. Results: all workers, flat."""
+        return flatten(self.on_engines("collective_rpc", method, *args))
 
     def handles(self) -> dict[str, dict]:
         """{GPU UUID: message} of all trainers. Fresh ones for each use: an export may be opened once only."""
@@ -836,7 +851,9 @@ class Colocation:
         options = {"clip_range": config.clip_range, "kl_coef": config.kl_coef}
         options |= {"micro_batch_size": config.micro_batch_size, "offload": config.offload_optimizer}
         (address,) = self.ask(self.trainers[:1], "free_address")
-        rest = (world, address, resume and str(resume), config.learning_rate, options)
+        # The driver is to say who is late, before the process group ends those who wait for them.
+        patience_s = self.limits.get("train", config.timeout) + 60
+        rest = (world, address, patience_s, resume and str(resume), config.learning_rate, options)
         return self.ask(self.trainers, "build_learner", each=[(rank, *rest) for rank in range(world)])[0]
 
     def generate(self, prompts: list) -> list[list[dict]]:
@@ -897,16 +914,9 @@ class Colocation:
         new.mkdir()
         try:
             self.ask([self.trainers[by]], "save", str(new))
-            for name in (
-                "tokenizer*",
-                "vocab*",
-                "merges.txt",
-                "special_tokens*",
-                "chat_template*",
-                "generation_config*",
-            ):
-                for file in self.model.glob(name):
-                    shutil.copy(file, new)
+            beside = ("tokenizer*", "vocab*", "merges.txt", "special_tokens*", "chat_template*", "generation_config*")
+            for file in (f for name in beside for f in self.model.glob(name)):
+                shutil.copy(file, new)
             with interrupts_deferred():
                 if folder.exists():
                     folder.rename(old)
@@ -919,8 +929,7 @@ class Colocation:
 
     def gpu_used_gib(self) -> float:
         """Memory in use on the fullest GPU, by all its processes; 0 in the rehearsal."""
-        used = flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
-        return max(used) / 2**30
+        return max(self.on_workers("gpu_used_bytes")) / 2**30
 
     def connect(self) -> dict:
         """Let every worker map its trainer's weights and record the copies; again after either was replaced.
@@ -948,7 +957,7 @@ class Colocation:
                 loaded = self.on_workers("update_weights_from_ipc_handles", self.handles())
             else:
                 # One round trip. An actor does one thing after the other, so no engine generates meanwhile.
-                loaded = flatten(self.on_engines("collective_rpc", "push_weights", version))
+                loaded = self.on_workers("push_weights", version)
             pushed = time.perf_counter()
             if stale := [w["version"] for w in loaded if w["version"] != version]:
                 found = f"an engine found weights of version {stale[0]}, needed {version}"
@@ -989,7 +998,7 @@ class Colocation:
         digests: the trainers', from `perturb`. before: the engines' outputs for the prompts with the old weights.
         """
         elements = self.verify_elements(digests)
-        changed = flatten(self.on_engines("collective_rpc", "check_weights_changed"))
+        changed = self.on_workers("check_weights_changed")
         after = self.generate(prompts)
         sequences = [[o["prompt"] + o["tokens"] for o in outputs] for outputs in after]
         scorers = self.trainers[:: self.config.tensor_parallel_size]  # one trainer beside each engine
@@ -1003,22 +1012,24 @@ class Colocation:
 
     @interrupts_deferred()
     def close(self) -> None:
-        """Stop the engines, then everything else, and remove what killed processes leave in /dev/shm."""
+        """Stop the engines, then everything else, and remove what killed processes leave in /dev/shm.
+
+        Ray ends actors and placement group with the driver. It is asked for nothing: it may be what has failed.
+        """
         import psutil
         import ray
 
         if not ray.is_initialized():
             return
-        processes = psutil.Process().children(recursive=True)
-        files = {f for p in processes for f in shared_memory_files(p.pid)}.union(*self.watch.files.values())
+        processes = {*psutil.Process().children(recursive=True), *(m.process for m in self.watch.members if m.process)}
+        files = {f for p in processes for f in self.watch.shared_memory_files(p.pid)}
+        files.update(*self.watch.files.values())
         broken = {m.part for m in self.watch.members if m.state()}
+        if any(m.state() for m in self.watch.ray):
+            broken = set(self.parts())
         asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
         ray.wait(asked, num_returns=len(asked), timeout=10) if asked else None
-        kill([m.process for m in self.watch.of(broken)])  # a stopped one hears nothing else
-        for actor in [*self.engines, *self.trainers]:
-            ray.kill(actor)
-        if self.group:
-            ray.util.remove_placement_group(self.group)
+        kill([m.process for m in self.watch.of(broken) if m.process])  # a stopped one hears nothing else
         ray.shutdown()
         kill(psutil.wait_procs(processes, timeout=10)[1])
         remove(files)
@@ -1162,10 +1173,12 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
             report["connect"] = connect = colocation.connect()
         log("push", describe_connect(connect))
 
-    prompts = PROMPTS if colocation.has_tokenizer else token_prompts(config, colocation.model_config)
+    prompts = PROMPTS
+    if not colocation.has_tokenizer:
+        prompts = token_prompts(colocation.model_config, config.seed, len(PROMPTS), LONGEST_PROMPT)
     with colocation.stage("rollout"):
         before = colocation.generate(prompts)
-        colocation.on_engines("collective_rpc", "record_weights")
+        colocation.on_workers("record_weights")
     log("rollout", f"{len(prompts)} prompts per engine with the old weights")
 
     with colocation.stage("perturb"):
@@ -1272,6 +1285,9 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 with phase("wake KV"):
                     colocation.wake_up("kv_cache")
                 trained = step  # a loss from here on leaves this step's samples, rewards and metrics as they are
+            if not metrics["logprob_gap"] <= config.logprob_tolerance:  # before it replaces a better checkpoint
+                gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
+                raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
             if step in (done + 1, last):
                 with colocation.stage("verify"):
                     elements = colocation.require_elements(digests, f"step {step}")
@@ -1284,10 +1300,6 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 step = trained + 1
             note({"lost": losses[-1]["lost"], "back_to_step": step})
             continue
-        if not metrics["logprob_gap"] <= config.logprob_tolerance:
-            gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {config.logprob_tolerance:g}"
-            raise Stop(f"logprobs: step {step}: the trainers' log-probabilities are {gap}")
-
         tokens, best = sum(len(s["tokens"]) for s in samples), max(samples, key=lambda s: s["reward"])
         row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
         row |= {"tokens_per_s": tokens / seconds["rollout"], "push_ms": push["wall_ms"], "gpu_used_gib": memory}
@@ -1303,15 +1315,13 @@ def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
     n = config.prompts_per_step
     if colocation.has_tokenizer:
         return [PROMPTS[(step * n + i) % len(PROMPTS)] for i in range(n)]
-    rng, text = random.Random(f"{config.seed} {step}"), colocation.model_config
-    vocab = text.get("text_config", text)["vocab_size"]
-    return [[rng.randrange(10, vocab) for _ in range(16)] for _ in range(n)]
+    return token_prompts(colocation.model_config, f"{config.seed} {step}", n, 16)
 
 
-def token_prompts(config: Config, model_config: dict) -> list[list[int]]:
+def token_prompts(model_config: dict, seed: int | str, count: int, length: int) -> list[list[int]]:
     """For a model without a tokenizer: seeded token ids."""
-    rng, text = random.Random(config.seed), model_config.get("text_config", model_config)
-    return [[rng.randrange(10, text["vocab_size"]) for _ in range(LONGEST_PROMPT)] for _ in PROMPTS]
+    rng, text = random.Random(seed), model_config.get("text_config", model_config)
+    return [[rng.randrange(10, text["vocab_size"]) for _ in range(length)] for _ in range(count)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1327,7 +1337,9 @@ def main(argv: list[str] | None = None) -> int:
     report["command"] = " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)])
     report["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     scratch = Path(tempfile.mkdtemp(prefix="rlhf-colocate-"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for s in ENDING:
+        if signal.getsignal(s) is not signal.SIG_IGN:
+            signal.signal(s, signal.default_int_handler)
     code, verdict, colocation = PASS, "PASS", None
     try:
         kind = SabotagedColocation if config.inject else Colocation
@@ -1349,13 +1361,16 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
     finally:
         if code == FAIL:  # now, since ending everything may take a while
-            log("fail", verdict)
+            with contextlib.suppress(OSError):  # nobody reads it, as after `| head`
+                log("fail", verdict)
         try:
             if colocation:
                 with log.stage("teardown"):
                     colocation.close()
         except KeyboardInterrupt:
             code, verdict = INTERRUPTED, "FAIL: interrupted"
+        except Exception as error:
+            code, verdict = FAIL, f"FAIL: teardown: {type(error).__name__}: {error}; without that: {verdict}"
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     if code in (USAGE, MISSING):

@@ -7,7 +7,7 @@
 
 An engine needs no state: a push brings it all there is. A trainer's state, which is the same in all replicas, comes
 from a survivor or from the last --checkpoint, and all trainers start again from it: their process group cannot lose a
-member, and so no path exists that a restart with --resume does not test as well.
+member, and so a recovery takes the path of --resume.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class Member:
             status = self.process.status()
         except psutil.NoSuchProcess:
             return "has ended"
-        ended, stopped = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        return "has ended" if status in ended else "is stopped" if status in stopped else ""
+        reused = not self.process.is_running()  # the pid is another process's by now
+        if reused or status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return "has ended"
+        return "is stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else ""
 
 
 class Watch:
@@ -82,8 +84,10 @@ class Watch:
 
     def __init__(self):
         self.members: list[Member] = []
+        self.ray: list[Member] = []
         self.replacing: set[Part] = set()  # ended by `bury`; whoever takes their place is not ready yet
-        self.files: dict[Part, set[str]] = {}  # in /dev/shm: those who could name them may be gone when it matters
+        self.files: dict[Part, set[str]] = {}  # in /dev/shm, noted early: the dead cannot name theirs any more
+        self.others = set(os.listdir("/dev/shm"))  # what was there before
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
         """found: (part, role, pid, GPU or "")."""
@@ -93,11 +97,18 @@ class Watch:
         self.members += [Member(part, role, pid, gpu, ours.get(pid)) for part, role, pid, gpu in found]
         self.note_files()
 
+    def add_ray(self) -> None:
+        """Watch a private Ray's own processes, too."""
+        import psutil
+
+        found = [(p.name(), p) for p in psutil.Process().children()]
+        self.ray = [Member(("Ray", 0), f"Ray's {n}", p.pid, "", p) for n, p in found if n in ("gcs_server", "raylet")]
+
     def note_files(self) -> None:
         """Remember what the processes have in /dev/shm by now: vLLM's queues, and what torch keeps for CUDA IPC."""
         for member in self.members:
             if member.process:
-                self.files.setdefault(member.part, set()).update(shared_memory_files(member.pid))
+                self.files.setdefault(member.part, set()).update(self.shared_memory_files(member.pid))
 
     def drop(self, part: Part) -> None:
         self.replacing.add(part)
@@ -109,20 +120,27 @@ class Watch:
     def ended(self) -> set[Part]:
         return {m.part for m in self.members if m.state() == "has ended"}
 
+    def require_ray(self) -> None:
+        """Raise Stop if Ray has lost one of its own: a call may hang then, and after a minute Ray ends the driver."""
+        if gone := [f"{m} {m.state()}" for m in self.ray if m.state()]:
+            raise Stop(f"lost Ray: {', '.join(gone)}; nothing can be rebuilt without it")
+
     def describe(self, parts: set[Part]) -> str:
         """The members whose state says why; all of them if none does."""
         members = self.of(parts)
         telling = [f"{m} {m.state()}" for m in members if m.state()]
         return ", ".join(telling or map(str, members)) or names(parts)
 
+    def shared_memory_files(self, pid: int) -> set[str]:
+        """Names in /dev/shm that a process of this run has mapped: queues of vLLM, buffers of NCCL.
 
-def shared_memory_files(pid: int) -> set[str]:
-    """Paths in /dev/shm that a process has mapped: queues of vLLM, buffers of NCCL."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
+        Neither what was there before nor what is in folders: models, checkpoints and packages may be kept there.
+        """
+        try:
+            mapped = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            return set()
+        return set(re.findall(r" /dev/shm/([^/\s]+)$", mapped, re.MULTILINE)) - self.others
 
 
 def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -> list:
@@ -141,9 +159,11 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
             try:
                 return ray.get(refs, timeout=max(0.0, min(1.0, deadline - time.monotonic())))
             except ray.exceptions.GetTimeoutError:
+                watch.require_ray()
                 if watch.ended() or time.monotonic() >= deadline:
                     break
     except ray.exceptions.RayError as error:
+        watch.require_ray()
         text = explain(error)
     else:
         text = ""
@@ -153,10 +173,12 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     died = {part for part in failed - unborn if isinstance(answered[part], ray.exceptions.RayActorError)}
     if unborn:  # its constructor raised: another one's would, too
         raise Stop(f"{names(unborn)} ({what}): {explain(answered[min(unborn)])}")
-    if lost := died | (find_lost(colocation) if text else watch.ended()):
-        # Ray's and vLLM's words for a process that has ended.
-        known = not text or "connection error code" in text or text.endswith(": cancelled")
-        raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if known else f" ({text})"))
+    # Ray's and vLLM's words for a process that has ended. They may come before the process is gone.
+    told = re.search(r"connection error code|: cancelled$|Executor failed", text)
+    lost = died | (find_lost(colocation, PING_S if told and not died else 0) if text else watch.ended())
+    if lost := lost or (failed if told else set()):  # the failed: of one that is starting, not all processes are known
+        clear = not text or (told and any(m.state() for m in watch.of(lost)))
+        raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if clear else f" ({text})"))
     if text:  # its method raised, and all processes live
         raise Stop(f"{names(failed) or what} ({what}): {text}")
     late = set(parts) - answered.keys()  # nothing has ended or raised: the deadline
@@ -170,7 +192,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
 
 
 def require_alive(colocation: Colocation, what: str) -> None:
-    """Raise Lost if a process has ended since the last wait: one of under a second does not look."""
+    """Raise Lost, or Stop for Ray itself, if a process has ended: a wait of less than a second does not look."""
+    colocation.watch.require_ray()
     if lost := colocation.watch.ended():
         raise Lost(lost, f"{what}: lost {names(lost)}: {colocation.watch.describe(lost)}")
 
@@ -208,10 +231,19 @@ def explain(error) -> str:
     return " ".join(text.split())
 
 
-def find_lost(colocation: Colocation) -> set[Part]:
-    """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost."""
-    ended = colocation.watch.ended()
-    return ended | ping(colocation, set(colocation.parts()) - ended, patience=2.0)[0]
+def find_lost(colocation: Colocation, patience: float) -> set[Part]:
+    """Parts with an ended or stopped process, and those that Ray knows to be dead. A busy one is not lost.
+
+    patience: seconds to wait for the first to show.
+    """
+    until, lost = time.monotonic() + patience, set()
+    while not lost:
+        lost = {m.part for m in colocation.watch.members if m.state()}
+        lost |= ping(colocation, set(colocation.parts()) - lost, patience=2.0)[0]
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.1)
+    return lost
 
 
 def ping(colocation: Colocation, parts: set[Part], patience: float) -> tuple[set[Part], set[Part]]:
@@ -346,6 +378,9 @@ def bury(colocation: Colocation, parts: set[Part]) -> None:
     watch = colocation.watch
     watch.note_files()
     processes = [m.process for m in watch.of(parts) if m.process]
+    if parts & watch.replacing:
+        kinds = (colocation.training_actor.__name__, colocation.engine_actor.__name__, "RayWorkerProc")  # vLLM's
+        processes += half_started(colocation, *kinds)
     for part in parts:
         ray.kill(colocation.parts()[part])
     kill(processes)  # Ray asks a worker to leave first, and a stopped one never hears it
@@ -355,10 +390,23 @@ def bury(colocation: Colocation, parts: set[Part]) -> None:
             f"killed {names(parts)}, but found pid {', '.join(str(p.pid) for p in alive)} still there; their GPU "
             "memory is needed for those who take their place"
         )
-    kept = {f for m in watch.members if m.part not in parts for f in shared_memory_files(m.pid)}
+    kept = {f for m in watch.members if m.part not in parts for f in watch.shared_memory_files(m.pid)}
     for part in parts:
         remove(watch.files.pop(part, set()) - kept)
         watch.drop(part)
+
+
+def half_started(colocation: Colocation, *kinds: str) -> list[psutil.Process]:
+    """Processes of actors of these classes that have not reported yet, so that the watch does not know them."""
+    import psutil
+
+    known, found = {m.pid for m in colocation.watch.members}, []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())  # Ray sets it: ray::CLASS, or ray::CLASS.METHOD
+            if process.pid not in known and re.match(f"ray::({'|'.join(kinds)})\\b", title):
+                found.append(process)
+    return found
 
 
 def kill(processes: list[psutil.Process]) -> None:
@@ -371,9 +419,10 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def remove(files: set[str]) -> None:
+    """Unlink these names in /dev/shm."""
     for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file)
+        with contextlib.suppress(OSError):  # gone already, or another user's
+            os.unlink(f"/dev/shm/{file}")
 
 
 def rescue(colocation: Colocation, lost: set[Part], scratch: Path, say) -> str:
@@ -385,6 +434,7 @@ def rescue(colocation: Colocation, lost: set[Part], scratch: Path, say) -> str:
     steps = {i: colocation.ask([colocation.trainers[i]], "progress")[0][0] for i in alive}
     for i in sorted(alive, key=steps.get, reverse=True):
         try:
+            colocation.ask([colocation.trainers[i]], "weight_digests")  # raises if they are not finite
             colocation.save(Path(colocation.config.checkpoint or scratch / "saved-before"), by=i)
         except Lost:
             raise

@@ -23,7 +23,7 @@ STATE_FILE = "trainer_state.pt"  # beside an HF checkpoint: what `Learner` needs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The task. Swap `reward` for yours: any Python function from 0 to 1 (or of any scale) will do.
+# The task. Swap `reward` for yours: any Python function will do, of any scale.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

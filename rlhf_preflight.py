@@ -1,6 +1,6 @@
 """Everything that can be known before anything slow starts: layout, packages, hardware, model.
 
-Every mistake that a user can make ends here with one message: found / needed / what to type.
+Each mistake that shows by then ends the run with one message: found / needed / what to type.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stop(Exception):
         self.code = code
 
 
-def require(ok: bool, found: str, needed: str, fix: str, code: int) -> None:
+def require(ok: bool, found: str, needed: str, fix: str, code: int = USAGE) -> None:
     """Raise Stop unless ok. Every message has the same three parts, the last one ready to type."""
     if not ok:
         raise Stop(f"found {found}; needed {needed}; {fix}", code)
@@ -50,45 +50,34 @@ def require(ok: bool, found: str, needed: str, fix: str, code: int) -> None:
 def check_layout(config: Config) -> None:
     """Raise Stop(USAGE) for counts and shares that cannot be laid out."""
     n, tp = config.num_gpus, config.tensor_parallel_size
-    require(min(n, tp) > 0, f"--num-gpus {n} --tensor-parallel-size {tp}", "1 or more of each", "type both", USAGE)
+    found, fix = f"--num-gpus {n} --tensor-parallel-size {tp}", "type --num-gpus 1 --tensor-parallel-size 1"
+    require(min(n, tp) > 0, found, "1 or more of each", fix)
     best = max(t for t in range(1, min(n, tp) + 1) if n % t == 0)
     fix = f"type --tensor-parallel-size {best}"
-    require(n % tp == 0, f"{n} GPUs and --tensor-parallel-size {tp}", f"a divisor of {n}", fix, USAGE)
+    require(n % tp == 0, f"{n} GPUs and --tensor-parallel-size {tp}", f"a divisor of {n}", fix)
     trainer, engine = config.trainer_gpu_share, config.engine_gpu_share
-    require(
-        min(trainer, engine) > 0 and trainer + engine <= 1 + 1e-9,
-        f"GPU shares {trainer:g} (trainer) + {engine:g} (engine) = {trainer + engine:g}",
-        "two positive shares whose sum is at most 1",
-        "type --trainer-gpu-share 0.4 --engine-gpu-share 0.4",
-        USAGE,
-    )
-    require(
-        0 < config.gpu_memory_utilization < 1,
-        f"--gpu-memory-utilization {config.gpu_memory_utilization:g}",
-        "a share between 0 and 1 that leaves room for the trainer",
-        "type --gpu-memory-utilization 0.4",
-        USAGE,
-    )
+    fits = min(trainer, engine) > 0 and trainer + engine <= 1 + 1e-9
+    found = f"GPU shares {trainer:g} (trainer) + {engine:g} (engine) = {trainer + engine:g}"
+    needed, fix = "two positive shares whose sum is at most 1", "type --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
+    require(fits, found, needed, fix)
+    share = config.gpu_memory_utilization
+    needed, fix = "a share between 0 and 1 that leaves room for the trainer", "type --gpu-memory-utilization 0.4"
+    require(0 < share < 1, f"--gpu-memory-utilization {share:g}", needed, fix)
     stage_timeouts(config)
-    require(
-        0 < config.timeout < math.inf,
-        f"--timeout {config.timeout:g}",
-        "seconds, more than 0",
-        "leave out --timeout",
-        USAGE,
-    )
+    found, fix = f"--timeout {config.timeout:g}", "leave out --timeout"
+    require(0 < config.timeout < math.inf, found, "seconds, more than 0", fix)
     found, fix = f"--max-restarts {config.max_restarts}", "type --max-restarts 0"
-    require(config.max_restarts >= 0, found, "0 or more", fix, USAGE)
+    require(config.max_restarts >= 0, found, "0 or more", fix)
     if config.inject == "wrong-tp-slice":
-        require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2", USAGE)
+        require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2")
     if config.inject == "drift-replica":
-        require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2", USAGE)
+        require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2")
     for name in ("output_json", "metrics", "plot", "trace", "checkpoint"):
         path, what = getattr(config, name), "--" + name.replace("_", "-")
         folder = Path(path or ".").resolve().parent
-        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}", USAGE)
+        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}")
         taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
-        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}", USAGE)
+        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}")
 
 
 def stage_timeouts(config: Config) -> dict[str, float]:
@@ -100,7 +89,7 @@ def stage_timeouts(config: Config) -> dict[str, float]:
         with contextlib.suppress(ValueError):
             seconds = float(text)
         ok = stage in STAGES and 0 < seconds < math.inf
-        require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60", USAGE)
+        require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60")
         limits[stage] = seconds
     return limits
 
@@ -113,38 +102,38 @@ def check_loop(config: Config) -> None:
     negative += [n for n in ("learning_rate", "kl_coef") if (getattr(config, n) or 0) < 0]
     for name in negative:
         what = "--" + name.replace("_", "-")
-        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}", USAGE)
+        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}")
     needed = f"{LONGEST_PROMPT} less than --max-model-len {config.max_model_len}, for the prompt"
     fix = f"type --max-model-len {config.max_tokens + LONGEST_PROMPT}"
     fits = config.max_tokens + LONGEST_PROMPT <= config.max_model_len
-    require(fits, f"--max-tokens {config.max_tokens}", needed, fix, USAGE)
+    require(fits, f"--max-tokens {config.max_tokens}", needed, fix)
     if not config.steps:
         return
     found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
-    require(config.group_size > 1, found, needed, "type --group-size 8", USAGE)
+    require(config.group_size > 1, found, needed, "type --group-size 8")
     needed, fix = f"one for each of {config.num_engines} engines", f"type --prompts-per-step {config.num_engines}"
-    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix, USAGE)
+    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix)
     needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
-    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix, USAGE)
+    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix)
     needed, fix = "bfloat16 or float32: float16's small gradients vanish", "type --dtype bfloat16"
-    require(config.dtype != "float16", "--dtype float16 with --steps", needed, fix, USAGE)
+    require(config.dtype != "float16", "--dtype float16 with --steps", needed, fix)
     found, fix = f"--checkpoint-every {config.checkpoint_every} alone", "type --checkpoint DIR"
-    require(bool(config.checkpoint) or not config.checkpoint_every, found, "a folder for it", fix, USAGE)
+    require(bool(config.checkpoint) or not config.checkpoint_every, found, "a folder for it", fix)
     if config.checkpoint:
         folder = Path(config.checkpoint).resolve()
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         ours = empty or (folder / "trainer_state.pt").is_file()
         needed = "a new or empty folder, or a checkpoint of this script: what is there is replaced"
         fix = f"type --checkpoint {folder}-checkpoint"
-        require(ours, f"something else at --checkpoint {folder}", needed, fix, USAGE)
+        require(ours, f"something else at --checkpoint {folder}", needed, fix)
     if config.plot:
         found = importlib.util.find_spec("matplotlib")
         require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)
     if config.resume:
         state = Path(config.resume) / "trainer_state.pt"
         needed = "a folder that --checkpoint wrote"
-        require(state.is_file(), f"no {state}", needed, "type its path after --resume", USAGE)
-        require(not config.model, "--model and --resume", "one of them", "leave out --model", USAGE)
+        require(state.is_file(), f"no {state}", needed, "type its path after --resume")
+        require(not config.model, "--model and --resume", "one of them", "leave out --model")
 
 
 def check_heads(config: Config, model_config: dict) -> None:
@@ -161,7 +150,6 @@ def check_heads(config: Config, model_config: dict) -> None:
         f"a model with {heads} attention heads and {kv_heads} KV heads",
         f"counts that --tensor-parallel-size {config.tensor_parallel_size} divides",
         f"type --tensor-parallel-size {max(fits)}",
-        USAGE,
     )
 
 
@@ -270,10 +258,10 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
     model, needed = config.resume or config.model or DEFAULT_MODEL, "a Hugging Face checkpoint"
     folder = Path(model).expanduser()
     if folder.is_dir() or model.startswith((".", "/", "~")):
-        require((folder / "config.json").is_file(), f"no {folder}/config.json", needed, "check --model", USAGE)
+        require((folder / "config.json").is_file(), f"no {folder}/config.json", needed, "check --model")
         weights = config.load_format == "dummy" or has_weights(folder)
         fix = "check --model, or type --load-format dummy for seeded random weights"
-        require(weights, f"no weights (*.safetensors, *.bin) in {folder}", needed, fix, USAGE)
+        require(weights, f"no weights (*.safetensors, *.bin) in {folder}", needed, fix)
         return folder.resolve(), "auto" if config.resume else config.load_format, ""
     answer: list = []
     # A thread, since a hub that does not answer can hold the client for much longer than anyone wants to wait.
@@ -287,7 +275,7 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
         return result, config.load_format, ""
     fix = "check --model, HF_TOKEN and HF_HUB_OFFLINE"
     needed = "a folder, a cached hub id or a hub that can be reached"
-    require(not config.model, f"no model {model!r} ({result})", needed, fix, USAGE)
+    require(not config.model, f"no model {model!r} ({result})", needed, fix)
     (scratch / "config.json").write_text(json.dumps(OPT_125M | (OPT_SMALL if rehearsal else {})))
     kind = "a small model of its architecture" if rehearsal else "its architecture"
     return scratch, "dummy", f"{model} cannot be had ({result}): using {kind} with seeded random weights"
@@ -328,7 +316,7 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[bo
             check_heads(config, json.loads((model / "config.json").read_text()))
         except (ValueError, TypeError, AttributeError) as error:
             needed = "a Hugging Face model's configuration"
-            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model", USAGE)
+            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model")
         weight_bytes = sum(f.stat().st_size for p in ("*.safetensors", "*.bin") for f in model.glob(p))
         gpus = [] if rehearsal else find_gpus()
         report["hardware"] = check_hardware(config, gpus, rehearsal, weight_bytes)

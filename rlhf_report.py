@@ -33,7 +33,8 @@ class Log:
     def __call__(self, tag: str, text: str) -> None:
         mark = f"\033[36m[{tag}]\033[0m" if self.colour else f"[{tag}]"
         clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{self.elapsed():7.1f}s {mark} {text}", flush=True)
+        # In one piece, newline and all: Ray's threads print, too.
+        print(f"{clear}{self.elapsed():7.1f}s {mark} {text}\n", end="", flush=True)
 
     def progress(self, done: int, total: int, phase: str) -> None:
         """A bar that the next line replaces; nothing where there is no terminal."""

@@ -21,13 +21,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
-# sets it to -1 before it changes weights and to the step's number when it has, so whoever maps it sees both.
+# sets it to -1 before it changes weights, and to a number not used before when it has: whoever maps it sees both.
 VERSION = "rlhf.version"
 # Integer types of the same width, to compare and to hash bits instead of values: NaN equals itself, -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -72,7 +72,8 @@ def digest(tensor: torch.Tensor) -> str:
 
     Each 8-byte word is mixed with its position by the finalizer of splitmix64 (Steele, Lea, Flood 2014) and the
     results are added up modulo 2**64: independent of the order of the additions, so it can run in parallel, but a
-    flipped bit or two swapped words change it. Takes 32 MiB of scratch memory whatever the tensor's size.
+    flipped bit or two swapped words change it. Takes 32 MiB of scratch memory for a tensor of any size, and a copy of
+    it if it is not contiguous, or not aligned to 8 bytes.
     """
     raw = tensor.detach().reshape(-1)
     raw = raw.view(torch.uint8) if raw.numel() else raw.new_empty(0, dtype=torch.uint8)
@@ -143,8 +144,9 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
     """Describe tensors so that another process on the same GPU (CPU: same host) can map them.
 
     Returns plain data that any serializer carries: {"storages": [{...}], "weights": [{"name", "dtype", "shape",
-    "stride", "offset", "storage"}], "checksum"}, strides and offsets in elements. Each storage is exported once, however
-    many tensors view it, because the receiver may open one export only once (torch counts references per export).
+    "stride", "offset", "storage"}], "checksum"}, strides and offsets in elements. Each storage is exported once,
+    however many tensors view it, because the receiver may open one export only once (torch counts references per
+    export).
     The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
     Waits for the device: everything launched before this call is in the tensors when it returns.
     """
@@ -180,7 +182,7 @@ def checksum(message: dict) -> str:
     A damaged handle may well describe memory: another weight's, or more than there is, which a GPU does not forgive.
     """
     content = {k: v for k, v in message.items() if k != "checksum"}
-    return hashlib.sha256(json.dumps(content, default=bytes.hex).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=bytes.hex).encode()).hexdigest()
 
 
 def _export_storage(storage: torch.UntypedStorage) -> dict:
@@ -329,7 +331,10 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
     packed = getattr(model, "packed_modules_mapping", {})
     # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
     mla = any(hasattr(m, "W_UV") for m in model.modules())
-    layout = Layout([], {}, {}, mla or any(hasattr(m, "w13_weight") for m in model.modules()), frozenset())
+    needs_reload = mla or any(hasattr(m, "w13_weight") for m in model.modules())
+    layout: list[Region] = []
+    padding: dict[str, int] = {}
+    processed: dict[str, int] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -338,16 +343,17 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
             seen.add(id(parameter))
             name = f"{prefix}.{leaf}" if prefix else leaf
             regions = _regions(name, prefix, leaf, module, parameter, packed, tp_rank)
-            layout.regions.extend(regions)
+            layout += regions
             if any(r.dst is None for r in regions):
-                layout.processed[name] = parameter.numel()
+                processed[name] = parameter.numel()
                 continue
             rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
             if rest > 0 and hasattr(module, "org_vocab_size"):
-                layout.padding[name] = rest
+                padding[name] = rest
             elif rest:
                 raise HandleError(f"{name}: {rest} of {parameter.numel()} elements belong to no weight")
-    return replace(layout, reload=frozenset(r.weight for r in layout.regions if mla or r.dst is None))
+    reload = frozenset(r.weight for r in layout if mla or r.dst is None)
+    return Layout(layout, padding, processed, needs_reload, reload)
 
 
 def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region]:
@@ -434,14 +440,10 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
     return regions
 
 
+@_malformed()
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
-    with _malformed():
-        _check_checksum(message)
-        _check_message(message, layout)
-
-
-def _check_message(message: dict, layout: Layout) -> None:
+    _check_checksum(message)
     needed = {r.weight: (r.shape, r.dtype) for r in layout.regions} | {VERSION: ((), torch.int64)}
     counts = Counter(w["name"] for w in message["weights"])
     problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
@@ -459,7 +461,7 @@ def _check_message(message: dict, layout: Layout) -> None:
         raise HandleError("the weights do not fit the model, nothing was loaded: " + "; ".join(problems[:5]) + more)
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+def differing(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many elements of two tensors of the same shape and dtype differ in their bits."""
     a, b = a.view(BITS[a.dtype.itemsize]), b.view(BITS[b.dtype.itemsize])
     return 0 if torch.equal(a, b) else int((a != b).sum())
@@ -542,8 +544,8 @@ def covered_once(views: list[torch.Tensor], base: torch.Tensor) -> int | None:
 class CopyPlan:
     """How one set of weights gets into a model: recorded copies to replay, and weights for vLLM's loaders.
 
-    The set may be all weights or some of them (`layout` must then hold just those). Building the plan loads them once.
-    It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
+    Building the plan loads the weights once. It is valid as long as their mapping and the parameters' addresses are;
+    those survive vLLM's sleep.
 
     weights: {checkpoint name: mapped tensor}; version: the mapped VERSION word.
     """
@@ -551,8 +553,7 @@ class CopyPlan:
     def __init__(self, model, model_config, weights: dict[str, torch.Tensor], version: torch.Tensor, layout: Layout):
         self.model, self.model_config, self.layout = model, model_config, layout
         self.weights, self.version = weights, version
-        wanted = {r.parameter for r in layout.regions}
-        parameters = {n: p.data for n, p in model.named_parameters() if n in wanted}
+        parameters = {n: p.data for n, p in model.named_parameters()}
         with _RecordCopies(weights.values(), parameters.values()) as recorder:
             model.load_weights((n, w) for n, w in weights.items() if n not in layout.reload)
         now = {n: p.data_ptr() for n, p in model.named_parameters()}
@@ -669,8 +670,9 @@ class ColocateWorkerExtension:
     """Methods for `call_workers`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
     `messages` is always {gpu_uuid: export_handles([*checkpoint_tensors(model), (VERSION, version)])} of all training
-    actors: a worker takes its own GPU's, and checks the rest. Method names must differ from the worker's own (vLLM
-    refuses to start otherwise). After one that writes (WRITES) has failed, do not generate before a push succeeded.
+    actors: a worker takes its own GPU's; before it loads, it checks the rest, too. Method names must differ from the
+    worker's own (vLLM refuses to start otherwise). After one that writes (WRITES) has failed, do not generate before a
+    push succeeded.
     """
 
     _plan: CopyPlan | None = None  # set while connected
@@ -690,7 +692,6 @@ class ColocateWorkerExtension:
             "tp_rank": self.rank,
             "pid": os.getpid(),
             "torch": torch.__version__,
-            "bytes": sum(p.nbytes for p in self.get_model().parameters()),
         }
 
     def update_weights_from_ipc_handles(self, messages: dict) -> dict:
@@ -721,8 +722,9 @@ class ColocateWorkerExtension:
 
         That loads them, too. Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: how
         many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders
-        (processed after loading).
-        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
+        (processed after loading). An earlier connection ends with the call.
+        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights; if the
+        trainer turns out to be in the middle of a step, some are loaded by then.
         """
         self.disconnect_weights()
         message, layout = self._checked(messages)
@@ -802,13 +804,12 @@ class ColocateWorkerExtension:
         for r in (r for r in layout.regions if r.dst is not None):
             have = parameters[r.parameter].data[r.dst]
             checked += have.numel()
-            wrong[r.parameter] += same_bits(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
+            wrong[r.parameter] += differing(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
         return checked, dict(+wrong)
 
-    def record_weights(self) -> int:
-        """Remember a digest of every parameter for `check_weights_changed`. Returns how many there are."""
+    def record_weights(self) -> None:
+        """Remember a digest of every parameter for `check_weights_changed`."""
         self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
-        return len(self._recorded)
 
     def check_weights_changed(self) -> bool:
         """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
@@ -816,20 +817,19 @@ class ColocateWorkerExtension:
             raise RuntimeError("found no record of the old weights, needed record_weights() before the push")
         return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
 
-    def corrupt_weights(self, messages: dict, fault: str) -> str:
+    def corrupt_weights(self, messages: dict, fault: str) -> None:
         """Damage this worker's weights as a broken push would, on tensor-parallel rank 0. For the negative controls."""
         if self.rank != 0:
-            return ""
+            return
         parameters = dict(self.get_model().named_parameters())
         if fault == "flip-element":
-            name, parameter = next((n, p) for n, p in parameters.items() if p.dim() == 2)
+            parameter = next(p for p in parameters.values() if p.dim() == 2)
             parameter.data.view(BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
-            return f"one bit of {name}"
+            return
         mine, other = expected_layout(self.get_model()).regions, expected_layout(self.get_model(), tp_rank=1).regions
         region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
         with open_handles(self._own(messages), self.device) as weights:
             parameters[region.parameter].data[region.dst].copy_(weights[region.weight][region.src])
-        return f"rank 1's slice of {region.weight} in {region.parameter} of rank 0"
 
     def _checked(self, messages: dict) -> tuple[dict, Layout]:
         """This GPU's message and the model's layout. Raises HandleError unless all messages hold just its weights."""

@@ -9,7 +9,7 @@ Every push brings fresh values, and every parameter element is compared bitwise 
 the driver sees them, in milliseconds.
 
 --soak N: N more recorded pushes. The trainers overwrite all weights as soon as each has answered, while the workers
-look for an element of the next values; what all processes hold is compared between the beginning and the end.
+look for an element of the next values. (What grows over many pushes is for soak.py.)
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ import rlhf_colocate as rc  # noqa: E402
 
 def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
     """One row per method. Raises Stop on a push that does not verify."""
-    on_engines = colocation.on_engines
+    on_engines, on_workers = colocation.on_engines, colocation.on_workers
     colocation.prepare()
     methods = colocation.methods()
-    used = max(rc.flatten(on_engines("collective_rpc", "gpu_used_bytes")))
+    used = max(on_workers("gpu_used_bytes"))
     connect = colocation.connect()
-    extra = max(rc.flatten(on_engines("collective_rpc", "gpu_used_bytes"))) - used
+    extra = max(on_workers("gpu_used_bytes")) - used
     floors = {
         "actor": lambda: on_engines("__ray_ready__"),
-        "rpc": lambda: on_engines("collective_rpc", "noop"),
+        "rpc": lambda: on_workers("noop"),
     }
     times: dict[str, list[float]] = {}  # by method or part, milliseconds
     first, step = {}, 0
@@ -70,12 +70,12 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
                 count("reset", push["reset_ms"], i)
                 count("to_workers", 1e3 * (max(w["began"] for w in push["workers"]) - start), i)
                 count("copy", max(w["copy_ms"] for w in push["workers"]), i)
-            for checked, wrong in colocation.on_workers("compare", colocation.handles()):
+            for checked, wrong in on_workers("compare", colocation.handles()):
                 if wrong or not checked:
                     raise rc.Stop(f"{method}, push {step}: wrong elements: {rc.summary(wrong)}")
     median = {name: statistics.median(ms) for name, ms in times.items()}
-    copy = max(rc.flatten(on_engines("collective_rpc", "device_copy_ms", 20)))
-    replay = max(rc.flatten(on_engines("collective_rpc", "replay_ms", 20)))
+    copy = max(on_workers("device_copy_ms", 20))
+    replay = max(on_workers("replay_ms", 20))
     shard = max(w["bytes"] for w in connect["workers"])
     common = {
         "shard_bytes": shard,
@@ -109,21 +109,17 @@ def soak(colocation: PeerColocation, pushes: int) -> dict:
     """Pushes in a row, each followed at once by the trainers' next write. Raises Stop if one tears."""
     import ray  # not before start_ray, which sets what Ray reads when it is imported
 
-    times, before = [], {}
-    for i in range(pushes + 50):
-        if i == 50:  # pools and caches have grown to their size
-            before = colocation.held()
+    times = []
+    for i in range(pushes):
         step, value = 1_000_000 + i, float(i % 100 + 1)  # exact in bf16
         if i == 0:
             colocation.on_trainers("fill", value, step)
-        times += milliseconds(lambda: colocation.on_engines("collective_rpc", "push_weights", step), 1)  # noqa: B023
+        times += milliseconds(lambda: colocation.on_workers("push_weights", step), 1)  # noqa: B023
         next_write = [t.fill.remote(float((i + 1) % 100 + 1), step + 1) for t in colocation.trainers]
-        torn = rc.flatten(colocation.on_engines("collective_rpc", "torn", value))
-        if any(torn):
-            raise rc.Stop(f"push {i} of the soak: {max(torn)} slices of a worker hold other values than were pushed")
+        if torn := max(colocation.on_workers("torn", value)):
+            raise rc.Stop(f"push {i} of the soak: {torn} slices of a worker hold other values than were pushed")
         ray.get(next_write, timeout=colocation.config.timeout)
-    growth = {k: v - before[k] for k, v in colocation.held().items()}
-    return {"soak_pushes": pushes, "soak_wall_ms_p50": statistics.median(times[50:]), "soak_growth": growth}
+    return {"soak_pushes": pushes, "soak_wall_ms_p50": statistics.median(times)}
 
 
 def main() -> int:

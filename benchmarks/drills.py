@@ -31,13 +31,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import rlhf_colocate as rc  # noqa: E402
 import rlhf_utils  # noqa: E402
+from rlhf_faults import half_started  # noqa: E402
 from rlhf_preflight import FAIL, MISSING, PASS, find_gpus  # noqa: E402
 
 TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
 ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")
-DEADLINE_S = 4  # where a drill sets one
+DEADLINE_S, ROLLOUT_DEADLINE_S = 4, 20  # of a push and of a rollout, where a drill sets them
 BUSY_S = 15  # longer than a recovery's patience with those who may be stuck
-RUN_LIMIT_S = 570
+RUN_LIMIT_S = 590
+FILLER = "/dev/shm/drill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Drill:
     run: str = ""  # drills of one run share its name; "": it has a run of its own
     code: int = PASS
     gpu: bool = False
+    deadline_s: int = 0  # after which the message may come; 0: at once, which is within 10 s
 
 
 LOST = r"\[lost\] .*"
@@ -97,9 +100,19 @@ DRILLS = {
         fault="SIGSTOP to the engine's last rank before a push",
         expected=f"named at the deadline ({DEADLINE_S} s), and the engine is rebuilt",
         moment="push",
-        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank \d \(pid \d+ on \S+\) is stopped",
+        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank \d \(.*\) is stopped",
         then=REBUILT,
         run="survive",
+        deadline_s=DEADLINE_S,
+    ),
+    "stop-worker-rollout": Drill(
+        fault="SIGSTOP to the engine's last rank while it generates",
+        expected=f"named at the deadline ({ROLLOUT_DEADLINE_S} s), and the engine is rebuilt",
+        moment="rollout",
+        says=LOST + rf"no answer from engine 0 within {ROLLOUT_DEADLINE_S} s: engine 0 rank \d \(.*\) is stopped",
+        then=REBUILT,
+        run="survive",
+        deadline_s=ROLLOUT_DEADLINE_S,
     ),
     "kill-trainer-idle": Drill(
         fault="SIGKILL to training actor 1 between two steps",
@@ -121,7 +134,7 @@ DRILLS = {
         fault="SIGKILL to training actor 1 in the middle of an optimizer step",
         expected="all trainers go on from training actor 0's state; from the last checkpoint if that hangs in NCCL",
         moment="learn",
-        says=LOST + "lost training actor 1: training actor 1 " + ENDED,
+        says=LOST + "learn: lost training actor 1: training actor 1 " + ENDED,
         run="survive",
     ),
     "push-asleep": Drill(
@@ -158,6 +171,28 @@ DRILLS = {
         expected="all trainers go on from training actor 0's state, which was saved before the second",
         moment="build_learners",
         says=LOST + "lost training actor 0: training actor 0 " + ENDED,
+        then=r"\[lost\] all training actors start again from the checkpoint saved-before$",
+    ),
+    "kill-worker-twice": Drill(
+        fault="SIGKILL to the engine's worker, and to the one that starts in its place",
+        expected="the engine is rebuilt once more",
+        moment="rebuild_engines",
+        says=LOST + "start: lost engine 0: engine 0",
+        then=REBUILT,
+    ),
+    "kill-gcs": Drill(
+        fault="SIGKILL to Ray's gcs_server, which keeps its state",
+        expected="the run says so, and ends",
+        moment="rollout",
+        says=r"FAIL: lost Ray: Ray's gcs_server \(pid \d+\) has ended",
+        code=FAIL,
+    ),
+    "kill-raylet": Drill(
+        fault="SIGKILL to the raylet, parent of all actors' processes",
+        expected="the run says so, and ends",
+        moment="rollout",
+        says=r"FAIL: lost Ray: Ray's raylet \(pid \d+\) has ended",
+        code=FAIL,
     ),
     "stale-handle": Drill(
         fault="a training actor starts again, and the engine is not connected to the new one",
@@ -238,9 +273,11 @@ DRILLS = {
     ),
 }
 # What the script is started with, by run; {tmp} is a folder of the run's own.
+DEADLINES = ("--stage-timeout", f"push={DEADLINE_S},rollout={ROLLOUT_DEADLINE_S}")
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
-    "survive": [*TWO, "--steps", "12", "--max-restarts", "9", "--stage-timeout", f"push={DEADLINE_S}", *CHECKPOINT],
+    "survive": [*TWO, "--steps", "13", "--max-restarts", "10", *CHECKPOINT, *DEADLINES],
+    "kill-worker-twice": [*ONE, "--steps", "3", "--max-restarts", "2"],
     "kill-one-engine": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "3"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "kill-trainer-twice": [*TWO, "--steps", "3", "--max-restarts", "2"],
@@ -307,22 +344,38 @@ class Drilled(rc.Colocation):
         due = self.armed if self.armed and DRILLS[self.armed].moment == moment else ""
         if due:
             self.armed = ""
-            self.log("drill", f"{due}: {DRILLS[due].fault}")
+            self.announce(due)
         return due
 
-    def kill(self, role: str, after: float = 0.0, signum: int = signal.SIGKILL) -> None:
-        pid = next(m.pid for m in self.watch.members if m.role == role)
-        threading.Timer(after, os.kill, (pid, signum)).start() if after else os.kill(pid, signum)
+    def announce(self, drill: str) -> None:
+        """The line from which the runner counts the seconds to the message."""
+        self.log("drill", f"{drill}: {DRILLS[drill].fault}")
+
+    def kill(self, role: str, drill: str = "", after: float = 0.0, signum: int = signal.SIGKILL) -> None:
+        """after: seconds, then the drill is announced anew."""
+        pid = next(m.pid for m in [*self.watch.members, *self.watch.ray] if m.role == role)
+
+        def strike() -> None:
+            self.announce(drill)
+            os.kill(pid, signum)
+
+        threading.Timer(after, strike).start() if after else os.kill(pid, signum)
 
     def rollout(self, *args):
         self.rollouts += 1
         if self.rollouts > 1 and self.to_come and not self.armed:
             self.armed = self.to_come.pop(0)
         drill = self.strikes("rollout")
-        if drill in ("kill-worker-idle", "kill-worker-rollout"):
-            self.kill(self.last_rank, after=0.2 if drill == "kill-worker-rollout" else 0)
+        if drill == "kill-worker-idle" or self.armed == "kill-worker-twice":
+            self.kill(self.last_rank)
+        elif drill == "kill-worker-rollout":
+            self.kill(self.last_rank, drill, after=0.2)
+        elif drill == "stop-worker-rollout":
+            self.kill(self.last_rank, drill, after=0.2, signum=signal.SIGSTOP)
         elif drill == "kill-engine":
             self.kill("engine 0")
+        elif drill in ("kill-gcs", "kill-raylet"):
+            self.kill({"kill-gcs": "Ray's gcs_server", "kill-raylet": "Ray's raylet"}[drill])
         elif drill in ("kill-trainer-idle", "no-restarts") or self.armed == "kill-trainer-twice":
             self.kill("training actor 1")
         elif drill == "last-trainer":
@@ -331,20 +384,20 @@ class Drilled(rc.Colocation):
             self.rebuild_trainers(self.saved)
             self.log("drill", f"{drill}: the engine still has the old one's memory mapped")
         elif drill == "full-shm":
-            fill("/dev/shm/drill")
+            fill(FILLER)
         return super().rollout(*args)
 
     def push(self, version: int) -> dict:
         drill = self.strikes("push")
         if drill in ("kill-worker-push", "kill-trainer-push"):
-            self.on_engines("collective_rpc", "disturb_push", "wait")
-            self.kill(self.last_rank if drill == "kill-worker-push" else "training actor 1", after=1)
+            self.on_workers("disturb_push", "wait")
+            self.kill(self.last_rank if drill == "kill-worker-push" else "training actor 1", drill, after=1)
         elif drill == "kill-one-engine":
             self.kill("engine 1 rank 0")
         elif drill == "stop-worker":
             self.kill(self.last_rank, signum=signal.SIGSTOP)
         elif drill == "torn-push":
-            self.on_engines("collective_rpc", "disturb_push", "fail")
+            self.on_workers("disturb_push", "fail")
             for method, args in (("collective_rpc", ("push_weights", version)), ("generate", ([[11, 12]], 1))):
                 self.refused(method, *args)
         return super().push(version)
@@ -361,12 +414,24 @@ class Drilled(rc.Colocation):
             samples[0]["advantage"] = float("nan")
         elif drill == "kill-worker-busy":
             samples[0]["busy_s"] = BUSY_S
-            self.kill("engine 0 rank 0", after=1)
+            self.kill("engine 0 rank 0", drill, after=1)
         elif drill == "kill-trainer-train":
-            self.kill("training actor 1", after=0.02)
+            self.kill("training actor 1", drill, after=0.02)
         elif drill == "last-trainer-checkpoint":
             self.kill("training actor 0")
         return super().learn(samples, version)
+
+    def rebuild_engines(self, indices: list[int]) -> None:
+        if drill := self.strikes("rebuild_engines"):
+
+            def strike() -> None:
+                while not (new := half_started(self, "RayWorkerProc")):
+                    time.sleep(0.05)
+                self.announce(drill)
+                new[0].kill()
+
+            threading.Thread(target=strike, daemon=True).start()
+        super().rebuild_engines(indices)
 
     def build_learners(self, resume: Path | None = None) -> int:
         if self.strikes("build_learners"):
@@ -449,10 +514,12 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
         folder.mkdir()
         flags = [f.format(tmp=tmp) for f in flags]
         command = [sys.executable, __file__, "--play", *flags, "--output-json", str(report)]
-        if names[0].startswith("full-shm"):  # a /dev/shm of its own
+        inside = Path(tmp) / "shm"
+        if names[0].startswith("full-shm"):  # a /dev/shm of its own, which only its own processes can list
             size = 100 if names[0] == "full-shm-start" else 1000
-            mount = f'mount -t tmpfs -o size={size}m tmpfs /dev/shm && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
+            mount = f"mount -t tmpfs -o size={size}m tmpfs /dev/shm || exit 99"
+            steps = f'{mount}; "$@"; code=$?; rm -f {FILLER}; ls -A /dev/shm > {inside}; exit $code'
+            command = ["unshare", "--mount", "sh", "-c", steps, "sh", *command]
         path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"RLHF_DRILLS": ",".join(names), "RLHF_DRILL_MARK": mark, "PYTHONPATH": path}
         env["TMPDIR"] = str(folder)
@@ -475,7 +542,8 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
         temporary = [f for f in os.listdir(folder) if not re.match("ray$|torchinductor_", f)]
         done = json.loads(report.read_text()) if report.exists() else {}
         weights = done["steps"][-1]["weights"] if done.get("steps") else None  # their digest, after the last step
-    left = {"processes": processes_with(mark), "/dev/shm": sorted(set(os.listdir("/dev/shm")) - shm)}
+        files = sorted(set(os.listdir("/dev/shm")) - shm) + (inside.read_text().split() if inside.exists() else [])
+    left = {"processes": processes_with(mark), "/dev/shm": files}
     left |= {"temporary files": temporary, "GPU MiB": max(0, gpu_used_mib() - gpu)}
     common = {"exit_code": code, "left_behind": left, "run_s": round(seconds, 1), "weights": weights}
     return [outcome(name, lines, start, done.get("losses", []), common) for name in names], done
@@ -485,7 +553,7 @@ def outcome(name: str, lines: list[tuple[float, str]], start: float, losses: lis
     """What a drill came to. lines: of the run's output, with the time of each; common: what holds for the whole run."""
     drill = DRILLS[name]
     struck = max((at for at, line in lines if f"[drill] {name}: " in line), default=None if drill.moment else start)
-    row = {"drill": name, "fault": drill.fault, "expected": drill.expected, "exit_code": common["exit_code"]}
+    row = {"drill": name, "fault": drill.fault, "expected": drill.expected}
     row |= {"seen": None, "seconds_to_message": None, "recovered_s": None} | common
     after = [(at, line) for at, line in lines if struck and at > struck]
     for at, line in after:
@@ -511,7 +579,7 @@ def main() -> int:
     if unknown := [n for n in chosen if n not in DRILLS]:
         parser.error(f"no drill {', '.join(unknown)}; --help lists them")
     rows, report = [], {}
-    for run, names in runs(chosen or [n for n in DRILLS if find_gpus() or not DRILLS[n].gpu]).items():
+    for run, names in runs(chosen or [n for n in DRILLS if not DRILLS[n].gpu or find_gpus()]).items():
         print(f"{run}: {', '.join(names)}", flush=True)
         new, done = play(names, [*FLAGS.get(run, [*ONE, "--steps", "3"]), *flags])
         report |= {k: done[k] for k in ("versions", "hardware") if done.get(k)}

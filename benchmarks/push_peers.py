@@ -9,13 +9,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import statistics
 import time
-from pathlib import Path
 
 import rlhf_colocate as rc
 import rlhf_utils
@@ -31,14 +28,6 @@ def milliseconds(call, repeats: int) -> list[float]:
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def resident() -> dict[str, int]:
-    """What this process holds: bytes of memory that it shares with nobody, file descriptors, threads."""
-    status = Path("/proc/self/status").read_text()
-    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    threads = len(os.listdir("/proc/self/task"))
-    return {"host_bytes": int(anonymous.split()[1]) * 1024, "fds": len(os.listdir("/proc/self/fd")), "threads": threads}
 
 
 class PeerTrainer(rc.RayTrainingActor):
@@ -99,9 +88,6 @@ class PeerTrainer(rc.RayTrainingActor):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def resident(self) -> dict[str, int]:
-        return resident()
-
 
 class PeerLLM(rc.MyLLM):
     def start(self, architecture: str, **engine_args) -> list[dict]:
@@ -122,9 +108,6 @@ class PeerLLM(rc.MyLLM):
 
     def finish_weight_update(self) -> None:
         self.llm.finish_weight_update()
-
-    def resident(self) -> dict[str, int]:
-        return resident()
 
 
 class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
@@ -153,9 +136,6 @@ class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         import torch
 
         return int(torch.stack([(dst != value).any() for dst, _ in self._plan.copies]).sum())
-
-    def held(self) -> dict[str, int]:
-        return resident() | {"gpu_bytes": self.gpu_used_bytes()}
 
     def device_copy_ms(self, repeats: int) -> float:
         """Median time of a plain copy of up to 1 GiB, scaled to this worker's weights."""
@@ -204,7 +184,7 @@ class PeerColocation(rc.Colocation):
         Packed only into one chunk: with more, vLLM 0.26 opens one export several times, torch's count of references
         never comes back to zero, and every push leaves its buffer behind (Llama-3.1-8B: 16 GB after some 15 pushes).
         """
-        straight = not any(rc.flatten(self.on_engines("collective_rpc", "needs_reload")))
+        straight = not any(self.on_workers("needs_reload"))
         one_chunk = max(self.on_trainers("weight_bytes")) <= PACKED_BYTES
         vllm = [] if self.rehearsal else ["vllm", *["vllm-packed"] * one_chunk]
         return ["simple", "recorded", *["bucket"] * straight, *vllm]
@@ -229,13 +209,3 @@ class PeerColocation(rc.Colocation):
             self.on_trainers("send_by_vllm", self.engines, method == "vllm-packed")
             self.on_engines("finish_weight_update")
         return {"wall_ms": 1e3 * (time.perf_counter() - start)}
-
-    def held(self) -> dict[str, int]:
-        """The most that any process of a kind holds, and the host's /dev/shm in bytes."""
-        parts = {"trainer": self.on_trainers("resident"), "engine": self.on_engines("resident"), "driver": [resident()]}
-        parts["worker"] = rc.flatten(self.on_engines("collective_rpc", "held"))
-        most = {f"{kind} {key}": max(p[key] for p in found) for kind, found in parts.items() for key in found[0]}
-        with contextlib.suppress(OSError):
-            shm = os.statvfs("/dev/shm")
-            most["/dev/shm bytes"] = (shm.f_blocks - shm.f_bfree) * shm.f_frsize
-        return most

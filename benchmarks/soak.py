@@ -56,7 +56,7 @@ class Sampled(rc.Colocation):
                 numbers = (process.memory_info().rss, process.num_fds(), process.num_threads())
             for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
                 found[f"{kind} {unit}"] = found.get(f"{kind} {unit}", 0) + number
-        used = rc.flatten(self.on_engines("collective_rpc", "gpu_used_bytes"))
+        used = self.on_workers("gpu_used_bytes")
         shm = os.statvfs("/dev/shm")
         return found | {"GPU bytes": sum(used), "/dev/shm bytes": (shm.f_blocks - shm.f_bfree) * shm.f_frsize}
 
@@ -85,8 +85,8 @@ def slope(values: list[float]) -> dict:
     residuals = [m - line.slope * at - line.intercept for at, m in zip(x, means, strict=True)]
     spread = sum((at - statistics.fmean(x)) ** 2 for at in x)
     margin = T_975 * math.sqrt(sum(r * r for r in residuals) / (BATCHES - 2) / spread)
-    slope = {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin}
-    return slope | {"means": [round(m) for m in means], "last": values[-1]}
+    found = {"slope": line.slope, "low": line.slope - margin, "high": line.slope + margin}
+    return found | {"means": [round(m) for m in means], "last": values[-1]}
 
 
 def main() -> int:
@@ -96,9 +96,9 @@ def main() -> int:
     parser.add_argument("--output", required=True, help="write the slopes to this JSON file")
     args, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
-    for given in (args.pushes, args.loop_steps):
-        if given < BATCHES:
-            parser.error(f"found {given}; needed {BATCHES} or more of each for a slope")
+    if args.pushes - args.pushes // 10 < BATCHES or args.loop_steps < BATCHES:
+        needed = f"{BATCHES + 1} pushes and {BATCHES} steps, or more, for a slope"
+        parser.error(f"found --pushes {args.pushes} --loop-steps {args.loop_steps}; needed {needed}")
     config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps), "--max-restarts", "0"])
     log, report, colocation, done = rc.Log(), {"pushes": []}, None, {}
 
@@ -122,7 +122,7 @@ def main() -> int:
             colocation.connect()
             with soaked("calls", args.pushes, args.pushes):
                 for _ in range(args.pushes):
-                    colocation.on_engines("collective_rpc", "check_health")
+                    colocation.on_workers("check_health")
                     colocation.sample()
             with soaked("pushes", args.pushes, args.pushes):
                 for i in range(args.pushes):

@@ -28,6 +28,12 @@ def versions(report: dict) -> str:
     return f"{vllm}, Ray {v['ray']}, torch {v['torch']}, transformers {v['transformers']}"
 
 
+def layout(counts: dict) -> str:
+    """counts: a report's configuration, or whatever else has these two of it."""
+    n, tp = counts["num_gpus"], counts["tensor_parallel_size"]
+    return f"{n} trainer{'s' * (n > 1)}, {n // tp} × TP={tp}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -36,8 +42,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def runs() -> str:
     rows = []
     for name, r in load("run-*.json").items():
-        tp = r["config"]["tensor_parallel_size"]
-        layout = f"{r['config']['num_gpus']} trainers, {r['config']['num_gpus'] // tp} × TP={tp}"
         fault = f", `--inject {r['config']['inject']}`" if r["config"]["inject"] else ""
         push = r["pushes"][0]
         verify = r["verify"]
@@ -45,9 +49,9 @@ def runs() -> str:
             [
                 f"[{name}](results/{name}.json)",
                 hardware(r),
-                layout + fault,
+                layout(r["config"]) + fault,
                 f"{push['bytes'] / 1e6:.0f} MB",
-                f"{push['wall_ms']:.0f} ms, {push.get('method', 'simple')}",
+                f"{push['wall_ms']:.0f} ms, {push['method']}",
                 f"{verify['placement']['checked']:,}",
                 f"{verify['behaviour']['mean_gap_nats']:.4f}",
                 r["verdict"].split(":")[0] + (f": {r['verdict'].split(':')[1].strip()}" if fault else ""),
@@ -73,8 +77,7 @@ def loops() -> str:
             [
                 f"[{name}](results/{name}.json)",
                 hardware(r),
-                f"{config['num_gpus']} trainers, {config['num_gpus'] // config['tensor_parallel_size']} × TP="
-                f"{config['tensor_parallel_size']}",
+                layout(config),
                 f"{len(steps)} × {config['prompts_per_step'] * config['group_size']} × {config['max_tokens']}",
                 f"{steps[0]['reward']:.3f} → {steps[-1]['reward']:.3f}",
                 f"{max(s['logprob_gap'] for s in steps):.4f}",
@@ -91,13 +94,10 @@ def loops() -> str:
 def startup() -> str:
     rows = []
     for name, r in load("startup-*.json").items():
-        layout = (
-            f"{r['num_gpus']} trainers, {r['num_gpus'] // r['tensor_parallel_size']} × TP={r['tensor_parallel_size']}"
-        )
         ours = statistics.median(r["first_verified_push_s"])
         bare = statistics.median(r["bare_llm_ready_s"])
         report = f"[{name}](results/{name}.json)"
-        rows.append([report, hardware(r), layout, f"{ours:.0f} s", f"{bare:.0f} s", f"{ours / bare:.2f}"])
+        rows.append([report, hardware(r), layout(r), f"{ours:.0f} s", f"{bare:.0f} s", f"{ours / bare:.2f}"])
     return table(["report", "hardware", "layout", "first verified push", "bare `LLM(...)` ready", "ratio"], rows)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_script import Run, shape
 
-from benchmarks.drills import DEADLINE_S, DRILLS, FLAGS, TWO, runs
+from benchmarks.drills import DRILLS, FLAGS, TWO, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
@@ -37,7 +37,7 @@ def test_drills(tmp_path, run):
         assert row["ok"] and row["exit_code"] == DRILLS[name].code and row["seen"]
         assert not any(row["left_behind"].values())
         # A process is found dead within a second or two, a stopped one at the deadline.
-        assert row["seconds_to_message"] <= 10 + DEADLINE_S * (name == "stop-worker")
+        assert row["seconds_to_message"] <= 10 + DRILLS[name].deadline_s
     if run == "survive":  # on CPU, where everything can be repeated bitwise
         steps = FLAGS[run][FLAGS[run].index("--steps") :][:2]
         undisturbed = Run(tmp_path, *TWO, *steps, *options).passed()["steps"]

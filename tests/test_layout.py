@@ -87,7 +87,7 @@ for folder in folders:
         def differing(layout):
             wrong = set()
             for r in layout.regions:
-                if r.dst is not None and u.same_bits(parameters[r.parameter].data[r.dst], weights[r.weight][r.src]):
+                if r.dst is not None and u.differing(parameters[r.parameter].data[r.dst], weights[r.weight][r.src]):
                     wrong.add(r.parameter)
             return wrong
 

@@ -26,7 +26,3 @@ def test_every_flag_and_file_in_the_readme_exists():
         assert (ROOT / path).exists(), path
     for fault in re.findall(r"\| `([\w\-]+)`(?:, `[\w\-]+`)* \|$", README, re.MULTILINE):
         assert f'"{fault}"' in script
-
-
-def test_no_leftover_placeholders():
-    assert not re.findall(r"^(SAMPLE|RUNS|STARTUP|TESTED)$", README, re.MULTILINE)
