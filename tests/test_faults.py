@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import rlhf_colocate as rc
 from benchmarks.soak import slope
-from rlhf_faults import Watch
+from rlhf_faults import Watch, remove
 from rlhf_preflight import USAGE, Stop, stage_timeouts
 from rlhf_utils import ColocateWorkerExtension, HandleError, call_workers
 
@@ -50,6 +52,32 @@ def test_the_watch_tells_who_is_stopped_and_who_has_ended(sleeper):
     assert watch.describe({part}) == stopped.replace("is stopped", "has ended")
     watch.drop(part)
     assert not watch.ended() and watch.describe({part}) == "engine 0"
+
+
+def test_only_what_a_run_has_made_is_removed_from_dev_shm():
+    """A model, a checkpoint or an environment kept there is mapped as well."""
+    name = f"rlhf-test-{os.getpid()}"
+    before, after, folder = (Path(f"/dev/shm/{name}{end}") for end in ("-before", "-after", ""))
+    child = "import mmap, sys\nopened = [open(f, 'r+b') for f in sys.argv[1:]]\n"
+    child += "maps = [mmap.mmap(f.fileno(), 0) for f in opened]\nprint(len(maps), flush=True)\ninput()"
+    try:
+        folder.mkdir()
+        before.write_bytes(b"x")
+        watch = Watch()
+        for file in (after, folder / "model.safetensors"):
+            file.write_bytes(b"x")
+        files = [str(f) for f in (before, after, folder / "model.safetensors")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", child, *files], **pipes) as process:
+            assert process.stdout.readline() == "3\n"
+            assert watch.shared_memory_files(process.pid) == {after.name}
+            process.communicate("\n", timeout=30)
+        remove({after.name, "was-never-there"})
+        assert before.exists() and folder.exists() and not after.exists()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for file in (before, after):
+            file.unlink(missing_ok=True)
 
 
 class Rank(ColocateWorkerExtension):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ class Run:
         *arguments: str,
         script: Path = ROOT / "rlhf_colocate.py",
         interrupt_after: float | None = None,
+        interrupt: Callable[[int], None] = lambda pid: os.kill(pid, signal.SIGINT),
         timeout: float = 400,
     ):
         mark, before = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
@@ -48,7 +50,7 @@ class Run:
             try:
                 if interrupt_after is not None:
                     time.sleep(interrupt_after)
-                    process.send_signal(signal.SIGINT)
+                    interrupt(process.pid)
                     timeout = 60
                 self.stdout, self.stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -145,6 +147,15 @@ def test_every_injected_fault_fails_the_right_check(tmp_path, fault):
         assert [list(names.values()) for names in verify["placement"]["wrong"].values()] == [[1]], "one element"
     if fault == "drop-tensor":
         assert "missing: model.decoder" in run.last_line and not run.report["pushes"]
+
+
+def test_a_signal_to_all_processes_leaves_nothing(tmp_path):
+    """As `timeout` and Slurm send it, so that Ray's own processes end, too."""
+    options = [*shape(tmp_path, **QWEN2, num_key_value_heads=2), "--num-gpus", "2", "--max-tokens", "8"]
+    options += ["--steps", "1000"]
+    run = Run(tmp_path, *options, interrupt_after=45, interrupt=lambda pid: os.killpg(pid, signal.SIGTERM))
+    assert run.code == INTERRUPTED, run.stdout + run.stderr
+    assert run.last_line == "FAIL: interrupted" and run.report["steps"]
 
 
 @pytest.mark.parametrize("seconds", [2, 5, 15])
