@@ -135,7 +135,7 @@ def drills() -> str:
     """One row per fault; seconds to the message, and to the end of the recovery, by hardware."""
     reports = load("drills-*.json")
     rows: dict[str, list[str]] = {}
-    for r in reversed(reports.values()):  # the rehearsal has nearly all of them
+    for r in sorted(reports.values(), key=lambda r: r["date"], reverse=True):  # in the words of the newest
         for row in r["rows"]:
             rows.setdefault(row["drill"], [f"`{row['drill']}`", row["fault"], row["expected"]])
     for r in reports.values():
