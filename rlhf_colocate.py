@@ -258,8 +258,8 @@ class RayTrainingActor:
 
         if world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            patience = datetime.timedelta(seconds=patience_s)
-            torch.distributed.init_process_group(backend, f"tcp://{address}", patience, world, rank)
+            ranks = {"rank": rank, "world_size": world, "timeout": datetime.timedelta(seconds=patience_s)}
+            torch.distributed.init_process_group(backend, f"tcp://{address}", **ranks)
         # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
         default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
         rate = default if learning_rate is None else learning_rate
