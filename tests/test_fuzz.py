@@ -109,7 +109,7 @@ def test_ten_thousand_damaged_messages_are_refused(trainer, monkeypatch):
             messages[data.draw(st.text(max_size=6))] = messages.pop("cpu")  # another GPU's UUID
         else:
             damage(data, messages[gpu])
-        assume(repr(messages) != repr(good))
+        assume(messages != good)  # another order of keys says the same
         for method in (worker.update_weights_from_ipc_handles, worker.connect_weights):
             with pytest.raises(HandleError, match=r"(?s)^found .*needed "):
                 method(messages)
