@@ -1014,7 +1014,7 @@ class Colocation:
     def close(self) -> None:
         """Stop the engines, then everything else, and remove what killed processes leave in /dev/shm.
 
-        Ray ends actors and placement group with the driver. It is asked for nothing: it may be what has failed.
+        A private Ray ends with all its actors. It is asked for nothing: it may be what has failed.
         """
         import psutil
         import ray
@@ -1030,6 +1030,8 @@ class Colocation:
         asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
         ray.wait(asked, num_returns=len(asked), timeout=10) if asked else None
         kill([m.process for m in self.watch.of(broken) if m.process])  # a stopped one hears nothing else
+        if self.group and not self.watch.ray:  # of a cluster, whose next user wants the GPUs
+            ray.util.remove_placement_group(self.group)
         ray.shutdown()
         kill(psutil.wait_procs(processes, timeout=10)[1])
         remove(files)
@@ -1040,14 +1042,16 @@ class SabotagedColocation(Colocation):
     """The negative controls (--inject): the same run, broken in one place, to show that the right check fails."""
 
     def handles(self) -> dict[str, dict]:
+        messages = super().handles()
+        if self.config.inject not in ("drop-tensor", "swap-tensors"):
+            return messages
         import rlhf_utils
 
-        messages = super().handles()
         message = next(iter(messages.values()))
         weights = message["weights"]
         if self.config.inject == "drop-tensor":
             weights.pop(len(weights) // 2)
-        elif self.config.inject == "swap-tensors":
+        else:
             twins = {}
             for w in weights:
                 if len(w["shape"]) == 2 and (twin := twins.setdefault(tuple(w["shape"]), w)) is not w:
@@ -1261,10 +1265,10 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 prompts = step_prompts(config, colocation, step)
                 with phase("rollout"):
                     samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
-                memory.append(colocation.gpu_used_gib())
+                    memory.append(colocation.gpu_used_gib())
                 with phase("sleep"):
                     colocation.sleep()
-                memory.append(colocation.gpu_used_gib())
+                    memory.append(colocation.gpu_used_gib())
                 with phase("reward"):
                     for i, sample in enumerate(samples):
                         sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]

@@ -175,7 +175,7 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
         raise Stop(f"{names(unborn)} ({what}): {explain(answered[min(unborn)])}")
     # Ray's and vLLM's words for a process that has ended. They may come before the process is gone.
     told = re.search(r"connection error code|: cancelled$|Executor failed", text)
-    lost = died | (find_lost(colocation, PING_S if told and not died else 0) if text else watch.ended())
+    lost = died | (find_lost(colocation, failed, PING_S if told and not died else 0) if text else watch.ended())
     if lost := lost or (failed if told else set()):  # the failed: of one that is starting, not all processes are known
         clear = not text or (told and any(m.state() for m in watch.of(lost)))
         raise Lost(lost, f"{what}: lost {names(lost)}: {watch.describe(lost)}" + ("" if clear else f" ({text})"))
@@ -231,14 +231,14 @@ def explain(error) -> str:
     return " ".join(text.split())
 
 
-def find_lost(colocation: Colocation, patience: float) -> set[Part]:
-    """Parts with an ended or stopped process, and those that Ray knows to be dead. A busy one is not lost.
+def find_lost(colocation: Colocation, failed: set[Part], patience: float) -> set[Part]:
+    """Parts with an ended process, and those that Ray knows to be dead. A busy one is not lost.
 
-    patience: seconds to wait for the first to show.
+    failed: parts whose method raised; a stopped process of theirs will be why. patience: seconds to wait for the first.
     """
     until, lost = time.monotonic() + patience, set()
     while not lost:
-        lost = {m.part for m in colocation.watch.members if m.state()}
+        lost = colocation.watch.ended() | {m.part for m in colocation.watch.of(failed) if m.state()}
         lost |= ping(colocation, set(colocation.parts()) - lost, patience=2.0)[0]
         if time.monotonic() >= until:
             break

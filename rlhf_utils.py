@@ -459,6 +459,8 @@ def check_message(message: dict, layout: Layout) -> None:
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise HandleError("the weights do not fit the model, nothing was loaded: " + "; ".join(problems[:5]) + more)
+    for w in message["weights"]:
+        _check_extent(w, message["storages"])
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> int:

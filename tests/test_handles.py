@@ -224,7 +224,7 @@ def layout() -> Layout:
 
 
 def check(*weights: dict) -> None:
-    message = {"storages": [], "weights": list(weights)}
+    message = {"storages": [{"kind": "cpu", "nbytes": 48}, {"kind": "cpu", "nbytes": 8}], "weights": list(weights)}
     check_message(message | {"checksum": checksum(message)}, layout())
 
 
@@ -237,6 +237,11 @@ VERSION = {"name": rlhf_utils.VERSION, "shape": [], "stride": [], "dtype": "int6
 
 def test_a_complete_message_is_accepted():
     check(weight("b"), weight("a"), VERSION)
+
+
+def test_a_tensor_beyond_its_storage_is_refused_whoever_it_is_for():
+    with pytest.raises(HandleError, match="b: found a tensor that ends at byte 52 of a storage of 48"):
+        check(weight("a"), weight("b") | {"offset": 1}, VERSION)
 
 
 def test_a_message_without_a_version_is_refused():
