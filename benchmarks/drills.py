@@ -61,6 +61,7 @@ LOST = r"\[lost\] .*"
 RESCUED = r"\[lost\] all training actors start again from training actor 0's state after step \d+$"
 REBUILT = r"\[lost\] rebuilding engine \d$"
 ENDED = r"\(pid \d+( on \S+)?\) has ended"
+STOPPED = r"engine 0 rank \d \(pid \d+ on \S+\) is stopped"
 DRILLS = {
     # One run with two trainers and one engine of two ranks, which survives all of these. On one GPU, those of the
     # engine can be asked for by name, with --num-gpus 1 --tensor-parallel-size 1.
@@ -100,7 +101,7 @@ DRILLS = {
         fault="SIGSTOP to the engine's last rank before a push",
         expected=f"named at the deadline ({DEADLINE_S} s), and the engine is rebuilt",
         moment="push",
-        says=LOST + rf"no answer from engine 0 within {DEADLINE_S} s: engine 0 rank \d \(.*\) is stopped",
+        says=LOST + f"no answer from engine 0 within {DEADLINE_S} s: {STOPPED}",
         then=REBUILT,
         run="survive",
         deadline_s=DEADLINE_S,
@@ -109,7 +110,7 @@ DRILLS = {
         fault="SIGSTOP to the engine's last rank while it generates",
         expected=f"named at the deadline ({ROLLOUT_DEADLINE_S} s), and the engine is rebuilt",
         moment="rollout",
-        says=LOST + rf"no answer from engine 0 within {ROLLOUT_DEADLINE_S} s: engine 0 rank \d \(.*\) is stopped",
+        says=LOST + f"no answer from engine 0 within {ROLLOUT_DEADLINE_S} s: {STOPPED}",
         then=REBUILT,
         run="survive",
         deadline_s=ROLLOUT_DEADLINE_S,
