@@ -28,7 +28,6 @@ Ray, real vLLM, real processes; shared memory in place of CUDA IPC.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -47,6 +46,19 @@ import time
 import traceback
 from pathlib import Path
 
+from colocate.config import (
+    FAIL,
+    INTERRUPTED,
+    LONGEST_PROMPT,
+    MISSING,
+    PASS,
+    USAGE,
+    Config,
+    Stop,
+    require,
+    stage_timeouts,
+)
+from colocate.preflight import preflight
 from rlhf_faults import (
     Lost,
     Watch,
@@ -57,20 +69,6 @@ from rlhf_faults import (
     remove,
     require_alive,
     wait_for,
-)
-from rlhf_preflight import (
-    DEFAULT_MODEL,
-    FAIL,
-    INTERRUPTED,
-    LONGEST_PROMPT,
-    MISSING,
-    PASS,
-    STAGES,
-    USAGE,
-    Stop,
-    preflight,
-    require,
-    stage_timeouts,
 )
 from rlhf_report import (
     Log,
@@ -87,100 +85,12 @@ from rlhf_report import (
 HERE = Path(__file__).resolve().parent
 MAX_NUM_SEQS = 64  # at a time in an engine
 
-# fault -> (what is done, the check that must fail)
-FAULTS = {
-    "drop-tensor": ("one weight is not sent", "push"),
-    "swap-tensors": ("two weights of one shape are sent under each other's name", "transport"),
-    "flip-element": ("one bit of one loaded parameter is flipped", "placement"),
-    "wrong-tp-slice": ("rank 0 loads rank 1's slice of one weight", "placement"),
-    "drift-replica": ("the last trainer's weights differ from the others'", "replicas"),
-    "skip-push": ("nothing is pushed", "changed"),
-}
 PROMPTS = [
     "The capital of France is",
     "Water boils at a temperature of",
     "To make a cup of tea, first you",
     "The first president of the United States was",
 ]
-
-
-def flag(default, text: str, **extra):
-    return dataclasses.field(default=default, metadata={"help": text, **extra})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that can be set; the command line's flags are made from it."""
-
-    model: str | None = flag(None, f"hub id, or folder of a Hugging Face checkpoint (default: {DEFAULT_MODEL})")
-    num_gpus: int = flag(4, "GPUs, which is bundles, which is training actors")
-    tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started")
-    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a training actor")
-    engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker")
-    gpu_memory_utilization: float = flag(0.4, "share of each GPU's memory that a vLLM engine may fill")
-    dtype: str = flag("bfloat16", "dtype of trainer and engine", choices=("bfloat16", "float16", "float32"))
-    load_format: str = flag(
-        "auto", "'dummy': read no weights, start from seeded random ones", choices=("auto", "dummy")
-    )
-    max_model_len: int = flag(512, "context length, tokens")
-    enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
-    push: str = flag(
-        "recorded",
-        "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push",
-        choices=("recorded", "simple"),
-    )
-    max_tokens: int = flag(16, "tokens to generate per completion, at most")
-    steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone")
-    prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines")
-    group_size: int = flag(8, "completions per prompt")
-    learning_rate: float | None = flag(
-        None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float
-    )
-    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability")
-    kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy")
-    micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor")
-    sleep_level: int = flag(
-        2,
-        "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing",
-        choices=(0, 1, 2),
-    )
-    offload_optimizer: bool = flag(False, "keep the optimizer's 12 bytes per parameter in host memory between steps")
-    logprob_tolerance: float = flag(0.08, "largest mean gap between engine and trainer log-probabilities, nats")
-    seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
-    inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
-    output_json: str | None = flag(None, "write the report to this file")
-    metrics: str | None = flag(
-        None, "append one JSON line per RLHF step to this file, and one per loss: what follows replaces later steps"
-    )
-    plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
-    trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
-    checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
-    checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)")
-    resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more; the other flags as before")
-    ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost")
-    stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
-    max_restarts: int = flag(1, "how often a run that is in its RLHF loop rebuilds what died or hangs; 0: it ends")
-    verbose: bool = flag(False, "show the output of vLLM and the actors")
-
-    @property
-    def num_engines(self) -> int:
-        return self.num_gpus // self.tensor_parallel_size
-
-    @staticmethod
-    def from_args(argv: list[str] | None = None) -> Config:
-        formatter = argparse.RawDescriptionHelpFormatter
-        usage = "python rlhf_colocate.py [flags]   (--help lists them)"
-        parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
-        for f in dataclasses.fields(Config):
-            name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-            if isinstance(f.default, bool):
-                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
-                continue
-            kind = f.metadata.get("type") or (str if f.default is None else type(f.default))
-            text += "" if f.default is None else f" (default: {f.default})"
-            parser.add_argument(name, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
-        return Config(**vars(parser.parse_args(argv)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1329,7 +1239,7 @@ def token_prompts(model_config: dict, seed: int | str, count: int, length: int) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = Config.from_args(argv)
+    config = Config.from_args(argv, __doc__)
     log = Log()
     settings = dataclasses.asdict(config)
     settings |= {

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_preflight import FAIL, STAGES, Stop, check_shared_memory
+from colocate.config import FAIL, STAGES, Stop
+from colocate.preflight import check_shared_memory
 
 if TYPE_CHECKING:
     import psutil

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rlhf_colocate as rc  # noqa: E402
-from rlhf_preflight import INTERRUPTED  # noqa: E402
+from colocate.config import INTERRUPTED  # noqa: E402
 
 BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
 

@@ -14,8 +14,8 @@ import pytest
 
 import rlhf_colocate as rc
 from benchmarks.soak import slope
+from colocate.config import USAGE, Stop, stage_timeouts
 from rlhf_faults import Watch, remove
-from rlhf_preflight import USAGE, Stop, stage_timeouts
 from rlhf_utils import ColocateWorkerExtension, HandleError, call_workers
 
 

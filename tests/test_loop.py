@@ -9,7 +9,7 @@ import sys
 import pytest
 from test_script import Run, shape
 
-from rlhf_preflight import FAIL, PASS
+from colocate.config import FAIL, PASS
 
 pytestmark = pytest.mark.e2e
 ONE = ["--num-gpus", "1", "--tensor-parallel-size", "1"]

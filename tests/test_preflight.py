@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import rlhf_colocate as rc
-import rlhf_preflight as rp
-from rlhf_colocate import Config
-from rlhf_preflight import MISSING, USAGE, Stop
+from colocate import config as cc
+from colocate import model_folder as mf
+from colocate import preflight as rp
+from colocate.config import MISSING, USAGE, Config, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,28 +84,28 @@ def refused(code: int, says: str):
 
 @pytest.mark.parametrize("n, tp", [(1, 1), (2, 1), (2, 2), (4, 2), (8, 4)])
 def test_layouts_that_divide_are_accepted(n, tp):
-    rp.check_layout(Config(num_gpus=n, tensor_parallel_size=tp))
+    cc.check_layout(Config(num_gpus=n, tensor_parallel_size=tp))
 
 
 def test_heads_that_do_not_divide_are_refused():
     smollm2 = {"num_attention_heads": 9, "num_key_value_heads": 3}
     with refused(USAGE, "--tensor-parallel-size 1"):
-        rp.check_heads(Config(), smollm2)
-    rp.check_heads(Config(num_gpus=3, tensor_parallel_size=3), smollm2)
-    rp.check_heads(Config(), {"num_attention_heads": 4, "num_key_value_heads": 1})  # one KV head, on both ranks
+        mf.check_heads(Config(), smollm2)
+    mf.check_heads(Config(num_gpus=3, tensor_parallel_size=3), smollm2)
+    mf.check_heads(Config(), {"num_attention_heads": 4, "num_key_value_heads": 1})  # one KV head, on both ranks
 
 
 def test_a_folder_without_weights_needs_load_format_dummy(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with refused(USAGE, "--load-format dummy"):
-        rp.find_model(Config(model=str(tmp_path)), True, tmp_path)
-    found = rp.find_model(Config(model=str(tmp_path), load_format="dummy"), True, tmp_path)
+        mf.find_model(Config(model=str(tmp_path)), True, tmp_path)
+    found = mf.find_model(Config(model=str(tmp_path), load_format="dummy"), True, tmp_path)
     assert found == (tmp_path, "dummy", "")
 
 
 def test_the_default_model_falls_back_to_random_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(rp, "_from_hub", lambda *_: "ConnectError: no network")
-    folder, load_format, note = rp.find_model(Config(), True, tmp_path)
+    monkeypatch.setattr(mf, "_from_hub", lambda *_: "ConnectError: no network")
+    folder, load_format, note = mf.find_model(Config(), True, tmp_path)
     assert load_format == "dummy" and "no network" in note
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["OPTForCausalLM"]
 

@@ -17,7 +17,7 @@ def test_tables_come_from_the_reports():
 
 
 def test_every_flag_and_file_in_the_readme_exists():
-    script = (ROOT / "rlhf_colocate.py").read_text()
+    script = (ROOT / "colocate/config.py").read_text()
     own = set(re.findall(r"--(num-gpus|tensor-parallel-size|inject|model|output-json|ray-address)\b", README))
     assert own, "the README names no flag"
     for flag in own:

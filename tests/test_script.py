@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drills import processes_with
-from rlhf_colocate import FAULTS
-from rlhf_preflight import FAIL, INTERRUPTED, MISSING, PASS
+from colocate.config import FAIL, FAULTS, INTERRUPTED, MISSING, PASS
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e

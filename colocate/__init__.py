@@ -1,0 +1,1 @@
+"""The equipment of rlhf_colocate.py: nothing in here imports the script."""
