@@ -1257,7 +1257,9 @@ def main(argv: list[str] | None = None) -> int:
     code, verdict, colocation = PASS, "PASS", None
     try:
         kind = SabotagedColocation if config.inject else Colocation
-        colocation = kind(config, *preflight(config, log, report, scratch), log)
+        colocation = kind(*preflight(config, log, report, scratch), log)
+        config = colocation.config
+        report["config"]["dtype"] = config.dtype
         run(config, log, report, colocation)
         if config.plot and config.steps:
             plot_steps(report["steps"], config.plot)

@@ -163,6 +163,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
                 watch.require_ray()
                 if watch.ended() or time.monotonic() >= deadline:
                     break
+                busy = {part for part, ref in zip(parts, refs, strict=True) if not ray.wait([ref], timeout=0)[0]}
+                colocation.log.waiting(stage or what, time.monotonic() - deadline + seconds, names(busy))
     except ray.exceptions.RayError as error:
         watch.require_ray()
         text = explain(error)

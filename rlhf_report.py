@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf_colocate import Colocation
 
 START = time.perf_counter()
+SILENCE_S = 30
 
 
 class Log:
@@ -25,6 +27,8 @@ class Log:
         self.spans: collections.deque = collections.deque(maxlen=10_000)  # for --trace, as `traced` notes them
         self.terminal = sys.stdout.isatty()
         self.colour = self.terminal and "NO_COLOR" not in os.environ
+        self.bar = ""  # of the loop, in the status line
+        self.said = START  # when the last line was printed
 
     def elapsed(self) -> float:
         """Seconds since the script started."""
@@ -35,12 +39,24 @@ class Log:
         clear = "\r\033[K" if self.terminal else ""
         # In one piece, newline and all: Ray's threads print, too.
         print(f"{clear}{self.elapsed():7.1f}s {mark} {text}\n", end="", flush=True)
+        self.said = time.perf_counter()
 
     def progress(self, done: int, total: int, phase: str) -> None:
         """A bar that the next line replaces; nothing where there is no terminal."""
+        self.bar = f"[{'#' * (30 * done // total):.<30}] {done}/{total} "
+        self._status(phase)
+
+    def waiting(self, stage: str, seconds: float, parts: str) -> None:
+        """A sign of life, each second on a terminal; elsewhere a line after every 30 seconds of silence."""
+        text = f"{stage}: {seconds:.0f} s, waiting for {parts}"
+        self._status(text)
+        if not self.terminal and time.perf_counter() - self.said >= SILENCE_S:
+            self("wait", text)
+
+    def _status(self, text: str) -> None:
         if self.terminal:
-            bar = "#" * (30 * done // total)
-            print(f"\r\033[K        [{bar:.<30}] {done}/{total} {phase}", end="", flush=True)
+            line = f"        {self.bar}{text}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{line}", end="", flush=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, seconds: dict | None = None):

@@ -145,7 +145,7 @@ def main() -> int:
             tensor_parallel_size=args.tensor_parallel_size,
         )
         try:
-            colocation = PeerColocation(config, *rc.preflight(config, log, report, Path(scratch)))
+            colocation = PeerColocation(*rc.preflight(config, log, report, Path(scratch)))
             colocation.start_ray()
             colocation.start_actors()
             colocation.start_engines(colocation.on_trainers("report_device_id"))

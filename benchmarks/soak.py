@@ -113,7 +113,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         try:
-            colocation = Sampled(config, *rc.preflight(config, log, report, Path(scratch)), log)
+            colocation = Sampled(*rc.preflight(config, log, report, Path(scratch)), log)
             colocation.start_ray()
             colocation.start_actors()
             trainers = colocation.on_trainers("report_device_id")

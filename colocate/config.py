@@ -54,7 +54,11 @@ class Config:
     trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a training actor")
     engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker")
     gpu_memory_utilization: float = flag(0.4, "share of each GPU's memory that a vLLM engine may fill")
-    dtype: str = flag("bfloat16", "dtype of trainer and engine", choices=("bfloat16", "float16", "float32"))
+    dtype: str = flag(
+        "auto",
+        "dtype of trainer and engine; 'auto': bfloat16 on GPUs and on CPUs that multiply it fast, float32 on others",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
     load_format: str = flag(
         "auto", "'dummy': read no weights, start from seeded random ones", choices=("auto", "dummy")
     )
@@ -104,7 +108,7 @@ class Config:
         return self.num_gpus // self.tensor_parallel_size
 
     @staticmethod
-    def from_args(argv: list[str] | None, description: str) -> Config:
+    def from_args(argv: list[str] | None = None, description: str = "") -> Config:
         formatter = argparse.RawDescriptionHelpFormatter
         usage = "python rlhf_colocate.py [flags]   (--help lists them)"
         parser = argparse.ArgumentParser(usage=usage, description=description, formatter_class=formatter)
