@@ -1,6 +1,7 @@
-"""Print the README's tables from the reports in results/: `python benchmarks/tables.py`.
+"""Write the tables of README.md and docs/ from the reports in results/: `python benchmarks/tables.py`.
 
-tests/test_readme.py fails when the README and the reports disagree.
+A table stands between <!-- name --> and <!-- /name -->, where `name` is a function of this file. tests/test_readme.py
+fails when a page and the reports disagree.
 """
 
 import json
@@ -8,7 +9,8 @@ import re
 import statistics
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 
 
 def load(pattern: str) -> dict[str, dict]:
@@ -47,7 +49,7 @@ def runs() -> str:
         verify = r["verify"]
         rows.append(
             [
-                f"[{name}](results/{name}.json)",
+                f"[{name}](../results/{name}.json)",
                 hardware(r),
                 layout(r["config"]) + fault,
                 f"{push['bytes'] / 1e6:.0f} MB",
@@ -75,7 +77,7 @@ def loops() -> str:
         memory = steps[-1]["gpu_used_gib"]
         rows.append(
             [
-                f"[{name}](results/{name}.json)",
+                f"[{name}](../results/{name}.json)",
                 hardware(r),
                 layout(config),
                 f"{len(steps)} × {config['prompts_per_step'] * config['group_size']} × {config['max_tokens']}",
@@ -96,7 +98,7 @@ def startup() -> str:
     for name, r in load("startup-*.json").items():
         ours = statistics.median(r["first_verified_push_s"])
         bare = statistics.median(r["bare_llm_ready_s"])
-        report = f"[{name}](results/{name}.json)"
+        report = f"[{name}](../results/{name}.json)"
         rows.append([report, hardware(r), layout(r), f"{ours:.0f} s", f"{bare:.0f} s", f"{ours / bare:.2f}"])
     return table(["report", "hardware", "layout", "first verified push", "bare `LLM(...)` ready", "ratio"], rows)
 
@@ -145,7 +147,7 @@ def drills() -> str:
             cell = "–" if not row else "FAILED" if not row["ok"] else f"{row['seconds_to_message']:.1f} s"
             recovered = row and row["recovered_s"]
             cells.append(cell + (f", back after {recovered:.0f} s" if recovered else ""))
-    links = [f"[{hardware(r)}](results/{name}.json)" for name, r in reports.items()]
+    links = [f"[{hardware(r)}](../results/{name}.json)" for name, r in reports.items()]
     return table(["drill", "fault", "what must happen", *links], list(rows.values()))
 
 
@@ -165,7 +167,7 @@ def soaks() -> str:
                 column[name.replace("bytes", "KiB")] = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
             columns.append(column)
     names = dict.fromkeys(name for column in columns for name in column)
-    found = [(f"[{hardware(r)}](results/{n}.json)", k) for n, r in reports.items() for k in KINDS if k in r]
+    found = [(f"[{hardware(r)}](../results/{n}.json)", k) for n, r in reports.items() for k in KINDS if k in r]
     header = [f"{report}, per {KINDS[k]}" for report, k in found]
     rows = {name: [column.get(name, "–") for column in columns] for name in names}
     still = [name for name, cells in rows.items() if set(cells) == {"0"}]  # one row for all that never moves
@@ -182,5 +184,47 @@ def tested() -> str:
     return table(["versions", "where"], [[v, ", ".join(sorted(where))] for v, where in combinations.items()])
 
 
+def numbers() -> str:
+    """The README's four figures."""
+    pushed = next(m for (_, shape), m in bench_shapes().items() if shape.startswith("Qwen2.5-7B"))
+    wall, theirs = (pushed[m]["wall_ms_p50"] for m in ("recorded", "vllm"))
+    loop = load("loop-1xh100-qwen2.5-0.5b.json")["loop-1xh100-qwen2.5-0.5b"]["steps"]
+    handover = statistics.median(sum(s["seconds"].get(p, 0) for p in HANDOVER) for s in loop)
+    whole = statistics.median(sum(s["seconds"].values()) for s in loop)
+    start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
+    drilled = {row["drill"]: row for row in load("drills-2xh100.json")["drills-2xh100"]["rows"]}
+    back = [drilled[d]["recovered_s"] for d in ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push")]
+    rows = [
+        ["push of Qwen2.5-7B into an engine of TP=2", f"{wall:.1f} ms (vLLM's own IPC transfer: {theirs:.0f} ms)"],
+        [
+            "sleep, wake and push in a step of Qwen2.5-0.5B, 64 × 256 tokens, one GPU",
+            f"{handover:.2f} s of {whole:.2f} s",
+        ],
+        ["from the command to the first verified push, opt-125m", f"{start:.0f} s, nearly all of it imports"],
+        ["an engine's worker killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
+    ]
+    return table(["on one or two H100 80GB", ""], rows)
+
+
+def first_hour() -> str:
+    """make run and make test on machines without a GPU."""
+    times = ("make_run_s", "make_test_s", "make_test_beside_two_busy_loops_s")
+    rows = []
+    for r in json.loads((RESULTS / "first-hour.json").read_text()):
+        seconds = [f"{r[t] / 60:.1f} min" if r.get(t) else "–" for t in times]
+        rows.append([r["cpu"], r["capability"], r["python"], *seconds, str(r["tests"]), r["date"][:10]])
+    header = ["CPU", "capability", "Python", "`make run`", "`make test`", "beside two busy loops", "tests", "date"]
+    return table(header, rows)
+
+
+MARKED = re.compile(r"<!-- (\w+) -->\n(?:.*?\n)?<!-- /\1 -->", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """The page's text with all its tables as the reports in results/ have them."""
+    return MARKED.sub(lambda m: f"<!-- {m[1]} -->\n{globals()[m[1]]()}\n<!-- /{m[1]} -->", page)
+
+
 if __name__ == "__main__":
-    print("\n\n".join([runs(), pushes(), loops(), startup(), drills(), soaks(), tested()]))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        path.write_text(filled(path.read_text()))

@@ -1,28 +1,42 @@
-"""The README's tables say what the recorded reports say, and its flags and files exist."""
+"""README and docs: their tables say what the reports in results/ say; the flags, files and links in them exist."""
 
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
+from colocate.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tables  # noqa: E402
 
-
-def test_tables_come_from_the_reports():
-    for part in (tables.runs, tables.pushes, tables.loops, tables.startup, tables.drills, tables.soaks, tables.tested):
-        assert part() in README, "run `python benchmarks/tables.py` and put its output into the README"
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-def test_every_flag_and_file_in_the_readme_exists():
-    script = (ROOT / "colocate/config.py").read_text()
-    own = set(re.findall(r"--(num-gpus|tensor-parallel-size|inject|model|output-json|ray-address)\b", README))
-    assert own, "the README names no flag"
-    for flag in own:
-        assert f"    {flag.replace('-', '_')}: " in script
-    for path in re.findall(r"`((?:benchmarks|tests|results)/[\w.\-]*)`", README):
+@each_page
+def test_tables_come_from_the_reports(page):
+    assert tables.filled(page.read_text()) == page.read_text(), "run `python benchmarks/tables.py`"
+
+
+@each_page
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@each_page
+def test_every_flag_and_file_exists(page):
+    flags = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    text = page.read_text()
+    for command in re.findall(r"python rlhf_colocate\.py (.*)", text):
+        assert set(re.findall(r"--[\w-]+", command.split("#")[0])) <= flags, command
+    for path in re.findall(r"`((?:benchmarks|tests|results|examples|docs|colocate)/[\w.\-]+)", text):
         assert (ROOT / path).exists(), path
-    for fault in re.findall(r"\| `([\w\-]+)`(?:, `[\w\-]+`)* \|$", README, re.MULTILINE):
-        assert f'"{fault}"' in script
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
