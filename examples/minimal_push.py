@@ -33,20 +33,21 @@ from rlhf_utils import (  # noqa: E402
 
 
 def main(folder: str) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), "bfloat16" if cuda else "float32"
 
     # The engine lives in a process of its own, as CUDA IPC wants it. Before the trainer: it measures free memory.
     llm = vllm.LLM(
         folder,
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=256,
         gpu_memory_utilization=0.4,
         enforce_eager=True,
         worker_extension_cls="rlhf_utils.ColocateWorkerExtension",
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     version = torch.zeros((), dtype=torch.int64, device=device)
-    if device.type == "cpu":
+    if not cuda:
         share_memory([*model.parameters(), version])
 
     # Once: the worker maps the weights, and records what vLLM's loaders do with them.
@@ -64,7 +65,7 @@ def main(folder: str) -> None:
             for p in model.parameters():
                 p.add_(0.1 * p.float().std() * torch.randn_like(p))  # your optimizer's step, in place
         version.fill_(step)
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         # At each step: "go". When it returns, the trainer may change its weights again.
         (worker,) = call_workers(llm, "push_weights", step)

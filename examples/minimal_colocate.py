@@ -1,0 +1,200 @@
+"""The layout and the push, and nothing else: trainers and vLLM engines on the same GPUs, in 150 lines.
+
+    python minimal_colocate.py MODEL                                        # 4 GPUs: 4 trainers, 2 engines with TP=2
+    python minimal_colocate.py MODEL --num-gpus 1 --tensor-parallel-size 1  # 1 GPU; without any, on logical GPUs (CPU)
+
+MODEL is a Hugging Face checkpoint. Beside this file, or one folder above, lies rlhf_utils.py.
+
+    1. One placement group, one bundle per GPU. A trainer takes 0.4 of each GPU, an engine's worker another 0.4.
+    2. GPU UUIDs show that each trainer shares its GPU with one worker.
+    3. Each worker maps its trainer's weights by CUDA IPC handles, and records how vLLM's loaders bring them in.
+    4. The trainers change every weight, a push replays the record, and every element is compared. Exit code 0 if all
+       are right, 1 if not.
+
+rlhf_colocate.py adds GRPO, sleep while training, more checks, deadlines, recovery, checkpoints, clear messages.
+"""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where rlhf_utils.py is not beside this file
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import rlhf_utils
+
+TIMEOUT_S = 600
+
+
+class Trainer:
+    """A full replica of the model, on its share of a GPU. Put your optimizer here: it must change weights in place."""
+
+    def __init__(self, model: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if cuda else "cpu")
+        dtype = torch.bfloat16 if cuda else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
+        self.version = torch.zeros((), dtype=torch.int64, device=self.device)
+        if not cuda:
+            rlhf_utils.share_memory([*self.model.parameters(), self.version])
+
+    def gpu(self) -> str:
+        return rlhf_utils.device_uuid(self.device)
+
+    def change_weights(self, version: int) -> None:
+        """Stands for an optimizer step: seeded noise, the same in all replicas. The version is -1 meanwhile."""
+        import torch
+
+        self.version.fill_(-1)
+        generator = torch.Generator(self.device).manual_seed(version)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                noise = torch.empty(p.shape, device=self.device).normal_(generator=generator)
+                p.add_((0.02 * noise).to(p.dtype))
+        self.version.fill_(version)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def get_weight_ipc_handles(self) -> dict:
+        weights = [*rlhf_utils.checkpoint_tensors(self.model), (rlhf_utils.VERSION, self.version)]
+        return {self.gpu(): rlhf_utils.export_handles(weights)}
+
+    def digests(self) -> dict:
+        return {name: rlhf_utils.digest(weight) for name, weight in rlhf_utils.checkpoint_tensors(self.model)}
+
+
+class Engine:
+    """A vLLM engine. This actor runs the scheduler and takes no GPU; vLLM starts its workers on the bundles."""
+
+    def __init__(self, bundles: list[int], port: int, **engine_args):
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = "0.4"
+        os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundles))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core stays in this process
+        os.environ["VLLM_DP_MASTER_PORT"] = str(port)  # vLLM 0.26 gives all engines of a host the same one
+        from vllm import LLM
+
+        self.llm = LLM(**engine_args)
+
+    def call(self, method: str, *args) -> list:
+        """A method of rlhf_utils.ColocateWorkerExtension on all workers; their results in rank order."""
+        return rlhf_utils.call_workers(self.llm, method, *args)
+
+    def push(self, version: int) -> list[dict]:
+        pushed = self.call("push_weights", version)
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RuntimeError("the prefix cache was not reset: requests are still running")
+        return pushed
+
+    def generate(self, prompt: list[int]) -> list[int]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=8)
+        (output,) = self.llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--num-gpus", type=int, default=4)
+    parser.add_argument("--tensor-parallel-size", type=int, default=2)
+    args = parser.parse_args()
+    n, tp = args.num_gpus, args.tensor_parallel_size
+    if n % tp:
+        parser.error(f"--tensor-parallel-size {tp} does not divide --num-gpus {n}")
+
+    import torch
+
+    cuda = bool(torch.version.cuda)
+    path = os.pathsep.join([str(Path(rlhf_utils.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    # vLLM's workers import rlhf_utils, from any folder. Ray must not hide GPUs from them: vLLM chooses by itself.
+    engine_env = {
+        "PYTHONPATH": path,
+        "RLHF_COLOCATE_ROLE": "engine",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
+    trainer_env = {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
+    if not cuda:
+        engine_env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    hook = "rlhf_utils.preload_engine_process"
+    ray.init(
+        address="local",
+        num_gpus=None if cuda else n,
+        num_cpus=2 * n,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": engine_env, "worker_process_setup_hook": hook},
+    )
+    group = placement_group([{"GPU": 1}] * n, strategy="PACK")
+    if not group.wait(TIMEOUT_S):
+        sys.exit(f"no {n} free GPUs: Ray has {ray.cluster_resources()}")
+
+    def on_bundle(index: int, **more):
+        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index, **more)
+
+    def ask(actors: list, method: str, *each) -> list:
+        return ray.get([getattr(a, method).remote(*each) for a in actors], timeout=TIMEOUT_S)
+
+    options = {"num_cpus": 0, "num_gpus": 0.4, "runtime_env": {"env_vars": trainer_env}}
+    kind = ray.remote(Trainer)
+    trainers = [kind.options(**options, scheduling_strategy=on_bundle(i)).remote(args.model) for i in range(n)]
+    trainer_gpus = ask(trainers, "gpu")  # and they have settled: vLLM measures free memory when it starts
+
+    engine_args = {
+        "model": args.model,
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16" if cuda else "float32",
+        "tensor_parallel_size": tp,
+        "distributed_executor_backend": "ray",
+        "worker_extension_cls": "rlhf_utils.ColocateWorkerExtension",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        **({"gpu_memory_utilization": 0.4} if cuda else {"kv_cache_memory_bytes": 2**26}),
+    }
+    engines, kind = [], ray.remote(Engine)
+    for first in range(0, n, tp):  # its workers go into the placement group, too
+        where = on_bundle(first, placement_group_capture_child_tasks=True)
+        bundles = list(range(first, first + tp))
+        actor = kind.options(num_cpus=0, num_gpus=0, scheduling_strategy=where)
+        engines.append(actor.remote(bundles, free_port(), **engine_args))
+    engine_gpus = [worker["gpu"] for workers in ask(engines, "call", "report_device_id") for worker in workers]
+    # Compared as sets: the order of ranks is not that of bundles.
+    if len({*trainer_gpus}) != n or {*trainer_gpus} != {*engine_gpus}:
+        sys.exit(f"trainers are on {trainer_gpus}, workers on {engine_gpus}")
+    print(f"{n} GPUs, each with a trainer and an engine's worker: {', '.join(trainer_gpus)}")
+
+    def handles() -> dict:
+        return {gpu: m for one in ask(trainers, "get_weight_ipc_handles") for gpu, m in one.items()}
+
+    ask(engines, "call", "connect_weights", handles())
+    before = ask(engines, "generate", [1, 2, 3, 4])
+    ask(trainers, "change_weights", 1)
+    pushed = [worker for workers in ask(engines, "push", 1) for worker in workers]
+    print(f"{sum(w['bytes'] for w in pushed) / 1e6:.1f} MB in {max(w['copy_ms'] for w in pushed):.2f} ms")
+    print(f"greedy tokens before {before[0]}, after {ask(engines, 'generate', [1, 2, 3, 4])[0]}")
+
+    checked, wrong = 0, set()
+    digests = ask(trainers[:1], "digests")[0]
+    for worker in (w for workers in ask(engines, "call", "verify_weights", handles(), digests) for w in workers):
+        checked += worker["placement"]["checked"]
+        wrong |= {*worker["transport"]["wrong"], *worker["placement"]["wrong"]}
+    print(f"{checked} elements compared, wrong: {', '.join(sorted(wrong)) or 'none'}")
+    return 0 if checked and not wrong else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
