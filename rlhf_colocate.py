@@ -551,6 +551,8 @@ class Colocation:
             threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
+            # See rlhf_utils.preload_engine_process.
+            env["RLHF_COLOCATE_AVX2"] = "1" if self.model_config.get("attn_logit_softcapping") else ""
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         address = config.ray_address or os.environ.get("RAY_ADDRESS")
         if not address:

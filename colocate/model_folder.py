@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -33,6 +34,8 @@ BESIDE = ("tokenizer*", "vocab*", "merges.txt", "special_tokens*", "added_tokens
 BESIDE += ("generation_config*", "*.model", "*.tiktoken")
 # With one of these beside the checkpoint, vLLM or transformers may read other weights than the other one does.
 RIVALS = ("*.safetensors", "*.bin", "*" + INDEX, "params.json", "tekken.json", "adapter_config.json")
+# Tensors that transformers once saved with GPT-2, GPT-J and StarCoder, and that vLLM passes over, too.
+CAUSAL_MASKS = r"\.(attn|attention)\.(masked_)?bias$"
 # Entries of config.json that name the context's length, as in vLLM's derive_max_model_len_and_key.
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 LENGTHS += ("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len")
@@ -409,7 +412,8 @@ def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int
 
 def describe_loading(info: dict) -> str:
     """What is wrong in from_pretrained's output_loading_info; "" if nothing is. Tied weights never are."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not re.search(CAUSAL_MASKS, name))
     wrong = [f"it has no {some(missing)}"] if missing else []
     wrong += [f"the model has no place for {some(unexpected)}"] if unexpected else []
     for name, found, needed in sorted(info["mismatched_keys"]):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import rlhf_colocate as rc
 from colocate import memory
 from colocate import model_folder as mf
 from colocate.config import MISSING, USAGE, Config, Stop
@@ -143,6 +144,17 @@ def test_old_rotary_entries(folder):
     import torch
 
     edit_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    check(folder)
+
+
+def test_old_causal_masks(tmp_path):
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": ROWS}
+    folder = save(tmp_path / "model", GPTJForCausalLM(GPTJConfig(**sizes)))
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    edit_weights(folder, lambda w: w.update(masks))
     check(folder)
 
 
@@ -423,6 +435,39 @@ def test_heads_that_do_not_divide():
         mf.check_heads(Config(), smollm2)
     mf.check_heads(Config(num_gpus=3, tensor_parallel_size=3), smollm2)
     mf.check_heads(Config(), {"num_attention_heads": 4, "num_key_value_heads": 1})  # one KV head, on both ranks
+
+
+# --- The trainers' own load, which --resume goes through as well ------------------------------------------------------
+
+
+def load(folder: Path) -> rc.RayTrainingActor:
+    return rc.RayTrainingActor(str(folder), "auto", "float32", 0, "cpu")
+
+
+def test_a_trainer_loads_a_whole_model(folder):
+    assert parameters_of(load(folder).model) == parameters_of(llama())
+
+
+def test_a_trainer_refuses_what_transformers_would_fill_with_random_numbers(folder):
+    edit_weights(folder, lambda w: w.update({UP: w[UP][:46].clone(), "extra": w.pop("model.norm.weight")}))
+    with pytest.raises(ValueError, match=r"no model\.norm\.weight") as error:
+        load(folder)
+    assert all(text in str(error.value) for text in (str(folder), "extra", UP, "(46, 32)", "(48, 32)"))
+
+
+def test_a_trainer_refuses_two_heads_where_the_config_ties_them(tmp_path):
+    """vLLM would leave the second one out."""
+    folder = save(tmp_path / "model", llama(tie_word_embeddings=True))
+    edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ValueError, match="ties the head to the embedding"):
+        load(folder)
+
+
+def test_a_trainer_computes_gemma2s_caps(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES | {"tie_word_embeddings": True}, head_dim=8))
+    assert load(save(tmp_path / "model", model)).model.config._attn_implementation == "eager"
 
 
 # --- The tokenizer ---------------------------------------------------------------------------------------------------
