@@ -281,8 +281,8 @@ def check_kind(path: Path, settings: dict) -> str:
 
     kind = settings.get("model_type")
     for entry in ("quantization_config", "compression_config"):
-        if settings.get(entry):
-            method = settings[entry].get("quant_method") or settings[entry].get("format")
+        if scheme := settings.get(entry):
+            method = scheme.get("quant_method") or scheme.get("format") if isinstance(scheme, dict) else scheme
             raise Stop(f"{path} has a {entry} ({method}). Training needs the model without quantization.", USAGE)
     if (path.parent / "hf_quant_config.json").exists():
         raise Stop(f"{path.parent} holds quantized weights (hf_quant_config.json). Take those without.", USAGE)

@@ -173,6 +173,7 @@ def test_code_of_a_checkpoint_that_transformers_knows_is_not_run(folder):
     edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
     (folder / "modeling_own.py").write_text("raise SystemExit('ran')\n")
     check(folder)
+    load(folder)
 
 
 def test_a_folder_without_tokenizer_says_so(folder):
