@@ -58,6 +58,8 @@ from colocate.config import (
     require,
     stage_timeouts,
 )
+from colocate.memory import MAX_NUM_SEQS, rehearsal_kv_bytes
+from colocate.model_folder import BESIDE, Model, describe_loading
 from colocate.preflight import preflight
 from rlhf_faults import (
     Lost,
@@ -83,7 +85,6 @@ from rlhf_report import (
 )
 
 HERE = Path(__file__).resolve().parent
-MAX_NUM_SEQS = 64  # at a time in an engine
 
 PROMPTS = [
     "The capital of France is",
@@ -127,14 +128,23 @@ class RayTrainingActor:
         self.device = torch.device(device)
         self.seed = seed
         self.random_weights = load_format == "dummy"
-        kind = getattr(torch, dtype)
+        config = AutoConfig.from_pretrained(model)
+        options = {"dtype": getattr(torch, dtype)}
+        if getattr(config, "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # transformers' default, sdpa, leaves Gemma-2's caps out
         if load_format == "dummy":
             torch.manual_seed(seed)
             with self.device:
-                config = AutoConfig.from_pretrained(model)
-                self.model = AutoModelForCausalLM.from_config(config, dtype=kind)
+                self.model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(self.device)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            self.model, info = AutoModelForCausalLM.from_pretrained(model, **options)
+            if wrong := describe_loading(info):  # transformers fills what is missing with random numbers
+                raise ValueError(f"the checkpoint in {model} does not fit the model: {wrong}")
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            if config.tie_word_embeddings and embedding.weight is not head.weight:
+                raise ValueError(f"{model}/config.json ties the head to the embedding, but the checkpoint's differ")
+            self.model.to(self.device)
         self.model.eval()
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION
         if self.device.type == "cpu":
@@ -500,8 +510,10 @@ class Colocation:
     training_actor, engine_actor = RayTrainingActor, MyLLM
     worker_extension = "rlhf_utils.ColocateWorkerExtension"
 
-    def __init__(self, config: Config, rehearsal: bool, model: Path, load_format: str, log: Log | None = None):
-        self.config, self.rehearsal, self.model, self.load_format = config, rehearsal, model, load_format
+    def __init__(self, config: Config, rehearsal: bool, model: Model, log: Log | None = None):
+        self.config, self.rehearsal = config, rehearsal
+        self.model, self.load_format, self.architecture = model.folder, model.load_format, model.architecture
+        self.model_config, self.has_tokenizer = model.config, model.has_tokenizer
         self.group = None
         self.trainers: list = []
         self.engines: list = []
@@ -511,9 +523,7 @@ class Colocation:
         self.base_port = free_port()
         self.sockets = tempfile.TemporaryDirectory(prefix="vllm-")  # vLLM leaves its own behind
         self.stage_now: tuple[str, float] | None = None  # its name, and when it began
-        self.saved = model if config.resume else None  # the last checkpoint of this run
-        self.model_config = json.loads((model / "config.json").read_text())
-        self.has_tokenizer = any((model / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+        self.saved = model.source if config.resume else None  # the last checkpoint of this run
 
     @interrupts_deferred()
     def start_ray(self) -> None:
@@ -541,6 +551,8 @@ class Colocation:
             threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
+            # See rlhf_utils.preload_engine_process.
+            env["RLHF_COLOCATE_AVX2"] = "1" if self.model_config.get("attn_logit_softcapping") else ""
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         address = config.ray_address or os.environ.get("RAY_ADDRESS")
         if not address:
@@ -637,6 +649,8 @@ class Colocation:
             model=str(self.model),
             skip_tokenizer_init=not self.has_tokenizer,
             load_format=self.load_format,
+            # vLLM takes a config.json without architectures for a base model.
+            hf_overrides={"architectures": [self.architecture]},
             dtype=config.dtype,
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="ray",
@@ -650,8 +664,7 @@ class Colocation:
             seed=config.seed,
             **limit,
         )
-        architecture = (self.model_config.get("architectures") or [""])[0]
-        refs = [e.start.remote(architecture, **arguments) for e in engines]
+        refs = [e.start.remote(self.architecture, **arguments) for e in engines]
         parts = [self.part(e) for e in engines]
         reports = wait_for(self, refs, parts, "start")
         found = []
@@ -824,8 +837,7 @@ class Colocation:
         new.mkdir()
         try:
             self.ask([self.trainers[by]], "save", str(new))
-            beside = ("tokenizer*", "vocab*", "merges.txt", "special_tokens*", "chat_template*", "generation_config*")
-            for file in (f for name in beside for f in self.model.glob(name)):
+            for file in {f for name in BESIDE for f in self.model.glob(name) if f.is_file()}:
                 shutil.copy(file, new)
             with interrupts_deferred():
                 if folder.exists():
@@ -986,20 +998,6 @@ class SabotagedColocation(Colocation):
 
 def flatten(nested: list[list]) -> list:
     return [item for items in nested for item in items]
-
-
-def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
-    """Per rank, for MAX_NUM_SEQS sequences of full length, as vLLM's CPU build cannot resume a seeded request.
-
-    Attention's keys and values only; in blocks of 128 tokens, one more than a sequence fills.
-    """
-    text = model_config.get("text_config", model_config)
-    heads = text.get("num_attention_heads", 1)
-    kv_heads = -(-(text.get("num_key_value_heads") or heads) // config.tensor_parallel_size)
-    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
-    itemsize = 4 if config.dtype == "float32" else 2
-    tokens = MAX_NUM_SEQS * 128 * (-(-(config.max_tokens + LONGEST_PROMPT) // 128) + 1)
-    return max(64 * 2**20, tokens * 2 * text.get("num_hidden_layers", 0) * kv_heads * head_dim * itemsize)
 
 
 def free_port() -> int:

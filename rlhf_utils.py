@@ -882,6 +882,10 @@ def preload_engine_process() -> None:
     """
     if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
         return
+    if os.environ.get("RLHF_COLOCATE_AVX2"):
+        # vLLM picks its AVX2 kernels then. Its AVX-512 attention (0.32) returns NaN where a score is some 50 times its
+        # softcap: tanh by exponentials that overflow, as in https://github.com/vllm-project/vllm/pull/56579.
+        torch.cpu._is_avx512_supported = torch.cpu._is_amx_tile_supported = lambda: False
     import vllm.v1.executor.ray_executor_v2
     from vllm.platforms import current_platform
 

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colocate.config import MISSING, Config, check_layout, check_loop, require
-from colocate.model_folder import check_heads, find_model
+from colocate.memory import check_gpu_memory, check_host_memory
+from colocate.model_folder import Model, check_model
 
 if TYPE_CHECKING:
     from rlhf_report import Log
@@ -95,9 +95,9 @@ def find_gpus() -> list[dict]:
     return [g for v in chosen for g in gpus if v == g["index"] or g["uuid"].startswith(v)]
 
 
-def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_bytes: int) -> dict:
-    """Raise Stop(MISSING) unless the machine can hold the layout; returns what the report says of the hardware."""
-    n, share = config.num_gpus, config.gpu_memory_utilization
+def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
+    """Raise Stop(MISSING) unless the machine has the layout's GPUs; returns what the report says of the hardware."""
+    n = config.num_gpus
     own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))
     if not rehearsal and own_ray:
         fix = "for a rehearsal type pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
@@ -107,21 +107,6 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool, weight_byt
         found = f"{len(gpus)} GPUs" + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else "")
         fix = f"type --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
         require(len(gpus) >= n, found, f"{n}", fix, MISSING)
-        # In units of the 2-byte weights: masters and moments 6 between steps, gradients 2 more during one.
-        kept = 1 + (config.steps > 0) * ((0 if config.offload_optimizer else 6) + (config.kl_coef > 0))
-        peak = 9 + (config.kl_coef > 0) if config.steps else 1
-        for gpu in gpus[:n]:
-            engine = gpu["total"] * share
-            asleep = 0 if config.sleep_level else engine
-            need = max(engine + kept * weight_bytes / 2**20, asleep + peak * weight_bytes / 2**20)
-            require(
-                gpu["free"] >= need,
-                f"{gpu['free'] / 1024:.1f} GiB free on GPU {gpu['index']}",
-                f"{need / 1024:.1f} (engine {share:g} of {gpu['total'] / 1024:.0f} GiB; trainer: weights, optimizer)",
-                "end what fills it (see nvidia-smi), or type a lower --gpu-memory-utilization, --offload-optimizer "
-                "or --steps 0",
-                MISSING,
-            )
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         expandable = "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "")
         needed = "plain segments: CUDA IPC cannot share expandable ones"
@@ -165,33 +150,41 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict) -> tuple[s
     return "float32", f"this CPU ({level}) has neither AVX512_BF16 nor AMX, and is slow in bfloat16"
 
 
-def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Config, bool, Path, str]:
+def available_memory() -> int:
+    """Bytes of this host that programs can still take."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Config, bool, Model]:
     """Step 1. Fills the report's versions and hardware; returns what a Colocation needs: the configuration, with
-    --dtype auto resolved, first."""
+    --dtype auto resolved, whether it is a rehearsal, and the model.
+
+    scratch: an empty folder that lives as long as the run.
+    """
     with log.stage("preflight"):
         check_layout(config)
         check_loop(config)
         check_outputs(config)
         report["versions"], rehearsal = find_packages()
-        model, load_format, note = find_model(config, rehearsal, scratch)
-        notes = [note] if note else []
-        try:
-            model_config = json.loads((model / "config.json").read_text())
-            check_heads(config, model_config)
-        except (ValueError, TypeError, AttributeError) as error:
-            needed = "a Hugging Face model's configuration"
-            require(False, f"{model}/config.json unreadable ({error})", needed, "check --model")
+        gpus = [] if rehearsal else find_gpus()
+        report["hardware"] = check_hardware(config, gpus, rehearsal)
+        model = check_model(config, rehearsal, scratch)
+        notes = list(model.notes)
         if config.dtype == "auto":
-            dtype, why = choose_dtype(config, rehearsal, model_config)
+            dtype, why = choose_dtype(config, rehearsal, model.config)
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
-        weight_bytes = sum(f.stat().st_size for p in ("*.safetensors", "*.bin") for f in model.glob(p))
-        gpus = [] if rehearsal else find_gpus()
-        report["hardware"] = check_hardware(config, gpus, rehearsal, weight_bytes)
+        own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
+        if own_ray and rehearsal:
+            check_host_memory(config, model.config, model.parameters, available_memory())
+        elif own_ray:
+            check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
     versions = " ".join(f"{k}-{v}" for k, v in report["versions"].items())
     log("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
     if rehearsal:
         log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
     for note in notes:
         log("preflight", note)
-    return config, rehearsal, model, load_format
+    return config, rehearsal, model

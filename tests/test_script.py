@@ -209,9 +209,8 @@ import json, psutil, sys
 from pathlib import Path
 import rlhf_colocate as rc
 
-folder = Path(sys.argv[1])
-(folder / "config.json").write_text("{}")
-colocation = rc.Colocation(rc.Config(num_gpus=1, tensor_parallel_size=1), True, folder, "dummy")
+model = rc.Model(Path(sys.argv[1]), Path(sys.argv[1]), "dummy", {})
+colocation = rc.Colocation(rc.Config(num_gpus=1, tensor_parallel_size=1), True, model)
 colocation.start_ray()
 pids = {p.pid for p in [psutil.Process(), *psutil.Process().children(recursive=True)]}
 connections = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in pids]
