@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -458,6 +459,9 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
         )
     if leaf in ("w13_weight", "w2_weight"):
         return _expert_regions(name, prefix, leaf, module, parameter, tp_rank)
+    loader = inspect.unwrap(getattr(parameter, "weight_loader", module.forward))
+    if isinstance(module, LinearBase) and getattr(loader, "__self__", None) is not module:
+        return []  # not the layer's own loader: Mamba's layers, for one, put rows in an order of theirs
     if isinstance(module, VocabParallelEmbedding):
         start = rank * shape[0]
         n = max(0, min(shape[0], module.org_vocab_size - start))
@@ -491,7 +495,7 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
     kind = getattr(config, "model_type", "")
     if not separate and kind in GROUPED and isinstance(module, QKVParallelLinear):
         return _grouped_regions(name, module, rank, kv_rank, rows)
-    if not separate and (kind not in STACKED or getattr(config, "multi_query", True) is False):
+    if not separate and kind not in STACKED:
         return []
     regions, dst, base = [], 0, 0
     for i, (n, r, of) in enumerate(sizes):
@@ -680,6 +684,7 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
     unknown parameters, padding excepted, exactly once. It also does if they do not take the weights.
     """
     parameters = dict(model.named_parameters())
+    kept = {module: dict(module._parameters) for module in model.modules()}
     loaded = dict(parameters)  # as the loaders find them: of another shape where layers are processed after loading
     recorder = _RecordCopies(weights.values(), [*parameters.values(), *model.buffers()], dry=True)
 
@@ -691,8 +696,13 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
         with recorder:
             _load_weights(model, model_config, weights.items(), layout.needs_reload, watch)
     except Exception as error:
-        what = f"vLLM's loaders do not take the trainer's weights ({type(error).__name__}: {error})"
+        detail = str(error) if isinstance(error, HandleError) else f"{type(error).__name__}: {error}"
+        what = f"vLLM's loaders do not take the trainer's weights ({detail[:300]})"
         raise HandleError(f"{layout.architecture} is not handled, nothing was loaded: {what}") from None
+    finally:
+        for module, own in kept.items():  # some loaders put a new parameter in the old one's place
+            module._parameters.clear()
+            module._parameters.update(own)
     problems = []
     for name, needed in layout.unknown.items():
         own, target = _address(parameters[name]), _address(loaded[name])
@@ -701,12 +711,12 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
         if count not in (needed, needed + layout.padding.get(name, 0)):
             problems.append(f"{name}: {count} of {needed}" if count is not None else f"{name}: some twice")
         elif not recorder.written[own]:
-            problems.append(f"{name}: {needed}, but past vLLM's reload, which does not bring them in")
+            problems.append(f"{name}: 0 of {needed}, since vLLM's reload loses them")
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         what = "vLLM's loaders do not write each element of these parameters exactly once"
         raise HandleError(
-            f"{layout.architecture} is not handled, nothing was loaded: {what}: {'; '.join(problems[:5])}{more}"
+            f"{layout.architecture} is not handled, nothing was loaded: {what}: {'; '.join(problems[:2])}{more}"
         )
 
 
@@ -1073,10 +1083,12 @@ def _load_weights(
             # them unpacked and the engine wrong: let it build another (UnquantizedFusedMoEMethod._setup_kernel).
             method.moe_kernel = None
     initialize_layerwise_reload(model)
-    if watch:
-        watch(dict(model.named_parameters()))
-    model.load_weights(weights)
-    finalize_layerwise_reload(model, model_config)
+    try:
+        if watch:
+            watch(dict(model.named_parameters()))
+        model.load_weights(weights)
+    finally:  # it has taken the model's parameters away
+        finalize_layerwise_reload(model, model_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

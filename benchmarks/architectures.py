@@ -162,13 +162,13 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
     with set_current_vllm_config(config):
         before = digests()
-        u.check_message(u.export_handles([*weights.items(), (u.VERSION, version)]), layout)
-        try:
-            if layout.unknown:
-                u.require_written_once(model, config.model_config, weights, layout)
-        except u.HandleError as error:
-            return found | {"refused": str(error), "touched": digests() != before}
-        assert digests() == before, "the loaders' record must leave the parameters alone"
+        if refused := refusal(model, config.model_config, weights, version):
+            return found | {"refused": refused, "touched": digests() != before}
+        name = list(weights)[len(weights) // 2]
+        dropped = {n: w for n, w in weights.items() if n != name}
+        found["dropped"] = refusal(model, config.model_config, dropped, version)
+        found["renamed"] = refusal(model, config.model_config, dropped | {name + "x": weights[name]}, version)
+        assert digests() == before, "no check may touch a parameter"
         assert differing(layout) == comparable, "before loading, every parameter must differ"
         load()
         found["wrong"] = sorted(differing(layout))
@@ -194,6 +194,20 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         other = u.expected_layout(model, weights, tp_rank=1 - rank) if world == 2 else None
         found["other_rank"] = len(differing(other)) if other else None
     return found
+
+
+def refusal(model, model_config, weights: dict, version) -> str:
+    """What a worker would say of these weights before it loads any; "" if it would load them."""
+    import rlhf_utils as u
+
+    layout = u.expected_layout(model, weights)
+    try:
+        u.check_message(u.export_handles([*weights.items(), (u.VERSION, version)]), layout)
+        if layout.unknown:
+            u.require_written_once(model, model_config, weights, layout)
+    except u.HandleError as error:
+        return str(error)
+    return ""
 
 
 def uncovered(layout, parameters: dict) -> dict[str, int]:
