@@ -410,11 +410,7 @@ def _names_in_checkpoint(model: torch.nn.Module, names: set[str]) -> dict[str, s
             for name, now in renamed.items():
                 if now.startswith(start):
                     renamed[name] = start + (rename(now.removeprefix(start)) or name)
-    found = {now: name for name, now in renamed.items()} | {name: name for name in names}
-    for child, _ in model.named_children():  # checkpoints of a base model lack the first part of the name
-        for name in names:
-            found.setdefault(f"{child}.{name}", name)
-    return found
+    return {now: name for name, now in renamed.items()} | {name: name for name in names}
 
 
 def _packed_layers(model: torch.nn.Module) -> dict[str, list[str]]:
