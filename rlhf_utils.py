@@ -354,7 +354,8 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     names = set(names) - {VERSION}
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", "")
-    spelled, packed = _names_in_checkpoint(model, names), _packed_layers(model)
+    spelled = _names_in_checkpoint(model, names)
+    packed = _packed_layers(model)
     # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
     mla = any(hasattr(m, "W_UV") for m in model.modules())
     needs_reload = mla or any(hasattr(m, "w13_weight") for m in model.modules())
@@ -387,15 +388,16 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     known = {n: regions for n, regions in places.items() if n not in unknown}
     layout = [r for regions in known.values() for r in regions]
     extra = frozenset(names - {r.weight for r in layout}) if unknown else frozenset()
+    reload = frozenset(r.weight for r in layout if mla or r.dst is None)
     return Layout(
-        layout,
-        padding,
-        {n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
-        needs_reload,
-        frozenset(r.weight for r in layout if mla or r.dst is None) | (extra if needs_reload else frozenset()),
-        {n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
-        extra,
-        (getattr(config, "architectures", None) or [type(model).__name__])[0],
+        regions=layout,
+        padding=padding,
+        processed={n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
+        needs_reload=needs_reload,
+        reload=reload | extra if needs_reload else reload,
+        unknown={n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
+        extra=extra,
+        architecture=(getattr(config, "architectures", None) or [type(model).__name__])[0],
     )
 
 
@@ -701,7 +703,8 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
             module._parameters.update(own)
     problems = []
     for name, needed in layout.unknown.items():
-        own, target = _address(parameters[name]), _address(loaded[name])
+        own = _address(parameters[name])
+        target = _address(loaded[name])
         # vLLM's reload goes over those that it does not replace a second time.
         count = _times_written(recorder.written[target], loaded[name], repeated=layout.needs_reload and own == target)
         if count not in (needed, needed + layout.padding.get(name, 0)):

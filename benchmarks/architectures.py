@@ -142,7 +142,8 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         return {n: u.digest(p) for n, p in model.named_parameters()}
 
     def differing(layout) -> set[str]:
-        wrong, parameters = set(), dict(model.named_parameters())
+        wrong = set()
+        parameters = dict(model.named_parameters())
         for r in layout.regions:
             if r.dst is not None and u.differing(parameters[r.parameter].data[r.dst], r.source(weights[r.weight])):
                 wrong.add(r.parameter)

@@ -177,7 +177,8 @@ def architectures() -> str:
     """What of each architecture the placement check compares, from architectures.py: elements of all ranks."""
     rows = []
     for name, row in load("architectures.json")["architectures"]["architectures"].items():
-        one, two = row["tp1"], row["tp2"]
+        one = row["tp1"]
+        two = row["tp2"]
         if "refused" in one:
             rows.append([f"{name} (`{one['architecture']}`)", *["–"] * 5, "refused before anything is loaded"])
             continue
