@@ -695,8 +695,7 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
             _load_weights(model, model_config, weights.items(), layout.needs_reload, watch)
     except Exception as error:
         detail = str(error) if isinstance(error, HandleError) else f"{type(error).__name__}: {error}"
-        what = f"vLLM's loaders do not take the trainer's weights ({detail[:300]})"
-        raise HandleError(f"{layout.architecture} is not handled, nothing was loaded: {what}") from None
+        raise _not_handled(layout, f"vLLM's loaders do not take the trainer's weights ({detail[:300]})") from None
     finally:
         for module, own in kept.items():  # some loaders put a new parameter in the old one's place
             module._parameters.clear()
@@ -713,10 +712,15 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
             problems.append(f"{name}: 0 of {needed}, since vLLM's reload loses them")
     if problems:
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        what = "vLLM's loaders do not write each element of these parameters exactly once"
-        raise HandleError(
-            f"{layout.architecture} is not handled, nothing was loaded: {what}: {'; '.join(problems[:2])}{more}"
-        )
+        what = "vLLM's loaders do not write each element of these parameters exactly once: "
+        raise _not_handled(layout, what + "; ".join(problems[:2]) + more)
+
+
+def _not_handled(layout: Layout, why: str) -> HandleError:
+    extra = sorted(layout.extra)
+    names = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+    why += f". The trainer sends weights whose place is not known: {names}" if extra else ""
+    return HandleError(f"{layout.architecture} is not handled, nothing was loaded: {why}")
 
 
 def _times_written(writes: list[tuple[torch.Tensor, bool]], parameter: torch.Tensor, repeated: bool) -> int | None:
