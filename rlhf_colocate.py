@@ -904,7 +904,7 @@ class Colocation:
         """Compare every weight that arrived, and every parameter element. {"transport": {...}, "placement": {...}}."""
         results = self.on_workers("verify_weights", self.handles(), digests)
         self.watch.note_files()  # by now all have mapped what they share
-        return {kind: check_workers(results, kind) for kind in ("transport", "placement")}
+        return {kind: check_workers(results, kind, self.config.strict) for kind in ("transport", "placement")}
 
     def require_elements(self, digests: dict[str, str], when: str) -> int:
         """How many parameter elements `verify_elements` found right. Raises Stop if there is a wrong one."""
@@ -1021,12 +1021,24 @@ def check_changed(changed: list[bool]) -> dict:
     return {"ok": bool(changed) and all(changed), "checked": len(changed), "wrong": wrong}
 
 
-def check_workers(results: list[dict], kind: str) -> dict:
-    """Combine the workers' `verify_weights`: ok only if every worker checked something and found nothing wrong."""
+def check_workers(results: list[dict], kind: str, strict: bool = False) -> dict:
+    """Combine the workers' `verify_weights`: ok only if every worker checked something and found nothing wrong.
+
+    For elements whose place the layout does not know, vLLM's loaders were checked instead, before the push. strict:
+    what was not compared is wrong.
+    """
     parts = [r[kind] for r in results]
-    wrong = {f"{r['gpu']} rank {r['tp_rank']}": r[kind]["wrong"] for r in results if r[kind]["wrong"]}
-    out = {"ok": not wrong and all(p["checked"] > 0 for p in parts), "checked": sum(p["checked"] for p in parts)}
-    for extra in ("padding", "processed"):
+    wrong = {}
+    for r in results:
+        found = r[kind]["wrong"]
+        if strict and kind == "placement":
+            unknown = r[kind]["processed"] | r[kind]["unknown"]
+            found = found | {name: f"{count} elements were not compared (--strict)" for name, count in unknown.items()}
+        if found:
+            wrong[f"{r['gpu']} rank {r['tp_rank']}"] = found
+    checked = all(p["checked"] > 0 or p.get("unknown") for p in parts)
+    out = {"ok": not wrong and checked, "checked": sum(p["checked"] for p in parts)}
+    for extra in ("padding", "processed", "unknown"):
         if extra in parts[0]:
             out[extra] = {f"{r['gpu']} {n}": c for r in results for n, c in r[kind][extra].items()}
     return out | {"wrong": wrong}
@@ -1058,12 +1070,17 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
 
 
 @contextlib.contextmanager
-def blame(check: str):
-    """Let the message of a Stop begin with the check that it fails."""
+def blame(check: str, config: Config):
+    """Let the message of a Stop begin with the check that it fails.
+
+    A model that is not handled is no failed check, unless that was provoked (--inject).
+    """
     try:
         yield
     except Stop as error:
-        raise Stop(f"{check}: {error}") from None
+        if "is not handled, nothing was loaded" in str(error) and not config.inject:
+            raise Stop(str(error), MISSING) from None
+        raise Stop(f"{check}: {error}", error.code) from None
 
 
 def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
@@ -1081,7 +1098,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     print_table(["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"], [list(r.values()) for r in rows])
 
     if config.push == "recorded":
-        with colocation.stage("connect"), blame("push"):
+        with colocation.stage("connect"), blame("push", config):
             report["connect"] = connect = colocation.connect()
         log("push", describe_connect(connect))
 
@@ -1098,7 +1115,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     report["verify"] = {"replicas": {"ok": True, "checked": n * len(digests), "wrong": []}}
     log("train", f"version 1: {len(digests)} weights changed by noise, {n} replicas bitwise identical")
 
-    with colocation.stage("push"), blame("push"):
+    with colocation.stage("push"), blame("push", config):
         push = colocation.push(version=1)
     report["pushes"].append(push)
     log("push", f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers in {push['wall_ms']:.1f} ms")

@@ -98,10 +98,15 @@ def describe(verify: dict) -> dict[str, str]:
     """What each passed check has shown, in one line."""
     t, p, c, b = (verify[k] for k in ("transport", "placement", "changed", "behaviour"))
     processed = sum(p["processed"].values())
+    placement = f"{p['checked']} parameter elements equal the trainers' bit for bit, {sum(p['padding'].values())} "
+    placement += "are padding" + (f", {processed} are in a kernel's own layout and not comparable" if processed else "")
+    if p["unknown"]:
+        names = list(dict.fromkeys(where.split(" ", 1)[1] for where in p["unknown"]))
+        placement += f", {sum(p['unknown'].values())} elements of {len(names)} parameters ({summary(names)}) are not "
+        placement += "known to the layout and were not compared: vLLM's loaders wrote each exactly once"
     return {
         "transport": f"{t['checked']} tensors arrived with the trainers' digests",
-        "placement": f"{p['checked']} parameter elements equal the trainers' bit for bit, {sum(p['padding'].values())} "
-        "are padding" + (f", {processed} are in a kernel's own layout and not comparable" if processed else ""),
+        "placement": placement,
         "changed": f"every parameter of {c['checked']} workers differs from before",
         "behaviour": f"log-probabilities of {b['checked']} tokens: {b['mean_gap_nats']:.4f} nats from the trainers' "
         f"(tolerance {b['tolerance_nats']:g}), {b['moved_by_nats']:.4f} from the old weights'",

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,28 +99,31 @@ def digest(tensor: torch.Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A transformers model's weights under the names that its checkpoint gives them, as views (no copies).
+class _View(torch.Tensor):
+    """A tensor whose slices stay views where transformers would make copies of them."""
 
-    Tied weights come once. transformers 5 keeps all experts of a layer in two 3-D parameters, `gate_up_proj`
-    (experts, 2 * intermediate, hidden) and `down_proj` (experts, hidden, intermediate); vLLM's loaders want them apart.
+    def contiguous(self, *_args, **_kwargs):
+        return self
+
+
+def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers model's weights under the names and in the shapes of its checkpoint, as views (no copies).
+
+    Tied weights come once. transformers 5 renames weights and fuses experts when it loads them; `save_pretrained` takes
+    that back, and so does this, with the same function of transformers.
+    Raises HandleError for a weight whose form in the checkpoint cannot be had as a view.
     """
-    mixtral = getattr(model.config, "model_type", "") == "mixtral"
-    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        if mixtral:
-            name = name.replace(".mlp.", ".block_sparse_moe.")
-        prefix, _, leaf = name.rpartition(".")
-        if tensor.dim() == 3 and leaf == "gate_up_proj":
-            for e, (w_gate, w_up) in enumerate(zip(*tensor.chunk(2, dim=1), strict=True)):
-                yield f"{prefix}.{e}.{gate}.weight", w_gate
-                yield f"{prefix}.{e}.{up}.weight", w_up
-        elif tensor.dim() == 3 and leaf == "down_proj":
-            for e, w_down in enumerate(tensor):
-                yield f"{prefix}.{e}.{down}.weight", w_down
-        else:
-            yield name, tensor
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = {name: p.detach().as_subclass(_View) for name, p in model.named_parameters()}
+    storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    for name, tensor in revert_weight_conversion(model, parameters).items():
+        if tensor.untyped_storage().data_ptr() not in storages:
+            raise HandleError(
+                f"{type(model).__name__} is not handled: transformers keeps {name} in another form than the checkpoint "
+                "has it, so it cannot be shared without a copy"
+            )
+        yield name, tensor.as_subclass(torch.Tensor)
 
 
 def share_memory(tensors: Iterable[torch.Tensor]) -> None:
@@ -297,6 +301,7 @@ class Region:
     """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit.
 
     dst None: the weight is in the parameter, but in an order of its kernel's own, so it cannot be compared.
+    transposed: src is a part of the transposed weight.
     """
 
     parameter: str
@@ -305,6 +310,11 @@ class Region:
     src: tuple[slice | int, ...]
     shape: tuple[int, ...]  # of the whole checkpoint weight
     dtype: torch.dtype
+    transposed: bool = False
+
+    def source(self, weight: torch.Tensor) -> torch.Tensor:
+        """The part of the whole weight that belongs here, as a view."""
+        return (weight.t() if self.transposed else weight)[self.src]
 
 
 @dataclass(frozen=True)
@@ -313,28 +323,45 @@ class Layout:
 
     regions: list[Region]
     padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
-    processed: dict[str, int]  # parameter -> elements that cannot be compared
+    processed: dict[str, int]  # parameter -> elements that cannot be compared: their kernel has an order of its own
     needs_reload: bool  # some layer is processed after loading
     reload: frozenset[str]  # weights whose parameters do not keep them as they are loaded
+    unknown: dict[str, int] = field(default_factory=dict)  # parameter -> elements that no region accounts for
+    extra: frozenset[str] = frozenset()  # weights without a region, which the unknown parameters may need
+    architecture: str = "the model"
 
 
-def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layout:
+# Families whose checkpoints hold q, k and v (or gate and up) as one weight, by the order of its rows:
+STACKED = {"phi3", "glm", "glm4", "gpt2", "gpt_bigcode"}  # all q, all k, all v, as vLLM has them
+GROUPED = {"falcon", "bloom", "gpt_neox"}  # by KV head: its q heads, its k head, its v head
+# Layers that the checkpoint has as (in, out), not as (out, in): transformers' Conv1D.
+TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+
+
+def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int | None = None) -> Layout:
     """Derive, without vLLM's loaders, which slice of which checkpoint weight belongs where in a vLLM model.
 
     It is a second opinion on what the loaders do: from the layers' classes and sizes alone it un-fuses qkv and
     gate_up, cuts the tensor-parallel slices, repeats KV heads where there are fewer of them than ranks, and leaves out
     the padding of the vocabulary. Parameters that share memory (tied embeddings) count once.
+    A parameter is `unknown` if its layer is of another kind, or if a weight that it should have is not among `names`
+    while others are that no parameter should have: then the checkpoint names or orders its weights in another way.
+    `require_written_once` speaks for the unknown ones.
 
-    model: the rank's model (`worker.get_model()`), unquantized. tp_rank: as if for another rank (for fault injection).
-    Raises HandleError for a parameter whose elements it cannot account for.
+    model: the rank's model (`worker.get_model()`), unquantized. names: of the weights that the trainer sends.
+    tp_rank: as if for another rank (for fault injection).
     """
-    packed = getattr(model, "packed_modules_mapping", {})
+    names = set(names) - {VERSION}
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", "")
+    spelled = _names_in_checkpoint(model, names)
+    packed = _packed_layers(model)
     # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
     mla = any(hasattr(m, "W_UV") for m in model.modules())
     needs_reload = mla or any(hasattr(m, "w13_weight") for m in model.modules())
-    layout: list[Region] = []
+    places: dict[str, list[Region]] = {}
+    sizes: dict[str, int] = {}
     padding: dict[str, int] = {}
-    processed: dict[str, int] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -342,25 +369,70 @@ def expected_layout(model: torch.nn.Module, tp_rank: int | None = None) -> Layou
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{leaf}" if prefix else leaf
-            regions = _regions(name, prefix, leaf, module, parameter, packed, tp_rank)
-            layout += regions
-            if any(r.dst is None for r in regions):
-                processed[name] = parameter.numel()
-                continue
-            rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
-            if rest > 0 and hasattr(module, "org_vocab_size"):
-                padding[name] = rest
-            elif rest:
-                raise HandleError(f"{name}: {rest} of {parameter.numel()} elements belong to no weight")
+            regions = _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank)
+            if prefix.rpartition(".")[2] in TRANSPOSED.get(kind, ()) and leaf == "weight":
+                regions = [replace(r, transposed=True, shape=r.shape[::-1]) for r in regions]
+            regions = [replace(r, weight=spelled.get(r.weight, r.weight)) for r in regions]
+            sizes[name] = parameter.numel()
+            if all(r.dst is not None for r in regions):
+                rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
+                if rest > 0 and hasattr(module, "org_vocab_size"):
+                    padding[name] = rest
+                elif rest:
+                    regions = []
+            places[name] = regions
+    extra = names - {r.weight for regions in places.values() for r in regions}
+    unknown = {n for n, regions in places.items() if not regions}
+    if extra:
+        unknown |= {n for n, regions in places.items() if any(r.weight not in names for r in regions)}
+    known = {n: regions for n, regions in places.items() if n not in unknown}
+    layout = [r for regions in known.values() for r in regions]
+    extra = frozenset(names - {r.weight for r in layout}) if unknown else frozenset()
     reload = frozenset(r.weight for r in layout if mla or r.dst is None)
-    return Layout(layout, padding, processed, needs_reload, reload)
+    return Layout(
+        regions=layout,
+        padding=padding,
+        processed={n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
+        needs_reload=needs_reload,
+        reload=reload | extra if needs_reload else reload,
+        unknown={n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
+        extra=extra,
+        architecture=(getattr(config, "architectures", None) or [type(model).__name__])[0],
+    )
 
 
-def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Region]:
-    """The regions of one parameter."""
-    from vllm.distributed import get_tensor_model_parallel_rank
+def _names_in_checkpoint(model: torch.nn.Module, names: set[str]) -> dict[str, str]:
+    """{a weight's name as vLLM's model may have it: its name in the checkpoint}, by vLLM's own tables of renamings."""
+    renamed = {name: name for name in names}
+    for prefix, module in model.named_modules():
+        if mapper := getattr(module, "hf_to_vllm_mapper", None):
+            # Without the fusing of layers; older versions of vLLM keep that elsewhere.
+            rename = getattr(mapper, "get_rename_mapper", lambda mapper=mapper: mapper)()._map_name
+            start = f"{prefix}." if prefix else ""
+            for name, now in renamed.items():
+                if now.startswith(start):
+                    renamed[name] = start + (rename(now.removeprefix(start)) or name)
+    return {now: name for name, now in renamed.items()} | {name: name for name in names}
+
+
+def _packed_layers(model: torch.nn.Module) -> dict[str, list[str]]:
+    """{a fused layer of vLLM: the checkpoint's layers in it}, as in {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}."""
+    packed: dict[str, list[str]] = {}
+    for module in model.modules():
+        stacked = getattr(getattr(module, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
+        for part, (fused, _) in stacked.items():
+            parts = packed.setdefault(fused.rpartition(".")[2], [])
+            if (last := part.rpartition(".")[2]) not in parts:
+                parts.append(last)
+    return packed | getattr(model, "packed_modules_mapping", {})
+
+
+def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank) -> list[Region]:
+    """The regions of one parameter; none if its layer's kind, or the order of its weights' rows, is not known."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
+        LinearBase,
         MergedColumnParallelLinear,
         QKVParallelLinear,
         RowParallelLinear,
@@ -385,6 +457,9 @@ def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Reg
         )
     if leaf in ("w13_weight", "w2_weight"):
         return _expert_regions(name, prefix, leaf, module, parameter, tp_rank)
+    loader = inspect.unwrap(getattr(parameter, "weight_loader", module.forward))
+    if isinstance(module, LinearBase) and getattr(loader, "__self__", None) is not module:
+        return []  # not the layer's own loader: Mamba's layers, for one, put rows in an order of theirs
     if isinstance(module, VocabParallelEmbedding):
         start = rank * shape[0]
         n = max(0, min(shape[0], module.org_vocab_size - start))
@@ -404,18 +479,43 @@ def _regions(name, prefix, leaf, module, parameter, packed, tp_rank) -> list[Reg
         return [
             Region(name, (slice(None), slice(None)), name, (slice(None), columns), (shape[0], shape[1] * tp), dtype)
         ]
-    else:  # the same on every rank: norms, positions, biases of row-parallel layers, routers
+    elif type(module).__name__.endswith("Norm") and len(shape) == 2:  # a row for each head
+        return [rows(name, 0, tp_rank * shape[0], shape[0], shape[0] * get_tensor_model_parallel_world_size())]
+    elif type(module).__name__.endswith("Norm") or isinstance(
+        module, (LinearBase, torch.nn.Linear, torch.nn.Embedding)
+    ):  # the same on every rank: norms, positions, biases of row-parallel layers, routers
         return [Region(name, (), name, (), shape, dtype)]
+    else:
+        return []
     # A fused layer: its parts come as weights of their own (Llama), or as one fused weight (Phi-3).
-    parts, total = packed.get(last), sum(n * of for n, _, of in sizes)
+    parts, total = packed.get(last, []), sum(n * of for n, _, of in sizes)
+    separate = len(parts) == len(sizes) and name not in spelled
+    kind = getattr(config, "model_type", "")
+    if not separate and kind in GROUPED and isinstance(module, QKVParallelLinear):
+        return _grouped_regions(name, module, rank, kv_rank, rows)
+    if not separate and kind not in STACKED:
+        return []
     regions, dst, base = [], 0, 0
     for i, (n, r, of) in enumerate(sizes):
-        if parts and len(parts) == len(sizes):
+        if separate:
             regions.append(rows(f"{parent}.{parts[i]}.{leaf}", dst, r * n, n, n * of))
         else:
             regions.append(rows(name, dst, base + r * n, n, total))
         dst, base = dst + n, base + n * of
     return regions
+
+
+def _grouped_regions(name, module, rank, kv_rank, rows) -> list[Region]:
+    """Where the checkpoint has, for each KV head, its q heads, k and v, and vLLM has all q, all k, all v."""
+    size = module.head_size
+    group = module.total_num_heads // module.total_num_kv_heads  # q heads of a KV head
+    heads = range(rank * module.num_heads, (rank + 1) * module.num_heads)
+    kv_heads = range(kv_rank * module.num_kv_heads, (kv_rank + 1) * module.num_kv_heads)
+    order = [h // group * (group + 2) + h % group for h in heads]  # places in the checkpoint, counted in heads
+    order += [h * (group + 2) + group for h in kv_heads]
+    order += [h * (group + 2) + group + 1 for h in kv_heads]
+    total = module.total_num_kv_heads * (group + 2) * size
+    return [rows(name, i * size, place * size, size, total) for i, place in enumerate(order)]
 
 
 def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Region]:
@@ -441,6 +541,13 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 
 
 @_malformed()
+def _names(message: dict) -> list[str]:
+    """Of the weights in a message."""
+    _check_checksum(message)
+    return [w["name"] for w in message["weights"]]
+
+
+@_malformed()
 def check_message(message: dict, layout: Layout) -> None:
     """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
     _check_checksum(message)
@@ -449,7 +556,8 @@ def check_message(message: dict, layout: Layout) -> None:
     problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
     hint = {VERSION: " (export it beside the weights: an int64 scalar under the name rlhf_utils.VERSION)"}
     problems += [f"missing: {n}{hint.get(n, '')}" for n in needed if n not in counts]
-    problems += [f"unexpected: {n}" for n in counts if n not in needed]
+    problems += [f"missing: {n}" for n in layout.extra if n not in counts]  # which another GPU's message has
+    problems += [f"unexpected: {n}" for n in counts if n not in needed and n not in layout.extra]
     for w in message["weights"]:
         shape, dtype = needed.get(w["name"], (tuple(w["shape"]), DTYPES.get(w["dtype"])))
         if tuple(w["shape"]) != shape:
@@ -458,7 +566,9 @@ def check_message(message: dict, layout: Layout) -> None:
             problems.append(f"wrong dtype: {w['name']}: found {w['dtype']}, needed {str(dtype).removeprefix('torch.')}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise HandleError("the weights do not fit the model, nothing was loaded: " + "; ".join(problems[:5]) + more)
+        raise HandleError(
+            f"the weights do not fit {layout.architecture}, nothing was loaded: {'; '.join(problems[:5])}{more}"
+        )
     for w in message["weights"]:
         _check_extent(w, message["storages"])
 
@@ -477,38 +587,60 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 class _RecordCopies(TorchDispatchMode):
     """Note each copy from a weight's slice into a parameter's slice of the same dtype, while it happens as usual.
 
-    `spoiled` are the parameters (by address) that were written in another way where a copy had been: replaying the
-    copy alone would be wrong.
+    dry: the parameters are not written; only noted.
+    `written` has every copy into a parameter, also of what a loader has computed, in order: the slice, and whether it
+    came from a weight as it is. `overwritten` are the parameters that were written in another way where a copy had
+    been: replaying the copy alone would be wrong. All are by the address of the parameter's memory.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]):
+    def __init__(self, weights: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], dry: bool = False):
         super().__init__()
-        self.weights = {w.untyped_storage().data_ptr() for w in weights}
-        self.copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
-            p.untyped_storage().data_ptr(): [] for p in parameters
-        }
-        self.spoiled: set[int] = set()
+        self.weights = {_address(w) for w in weights}
+        self.copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.written: dict[int, list[tuple[torch.Tensor, bool]]] = {}
+        self.overwritten: set[int] = set()
+        self.dry = dry
+        self.watch(parameters)
+
+    def watch(self, parameters: Iterable[torch.Tensor]) -> None:
+        for p in parameters:
+            self.copies.setdefault(_address(p), [])
+            self.written.setdefault(_address(p), [])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {s.name: a for a, s in zip(args, func._schema.arguments, strict=False)} | (kwargs or {})
-        written = [given.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
-        for dst in [t for w in written for t in (w if isinstance(w, (list, tuple)) else [w]) if t is not None]:
-            address = dst.untyped_storage().data_ptr()
+        targets = [given.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
+        skip = False
+        for dst in [t for w in targets for t in (w if isinstance(w, (list, tuple)) else [w]) if t is not None]:
+            address = _address(dst)
             if address in self.weights:
                 raise HandleError(
                     f"found a loader of vLLM that writes into the trainer's weights ({func}), needed none"
                 )
             if address not in self.copies:
                 continue
-            src = args[1] if func is torch.ops.aten.copy_.default else dst
+            skip = self.dry
+            copied = func is torch.ops.aten.copy_.default
+            src = args[1] if copied else dst
             same = src.dtype == dst.dtype and src.shape == dst.shape
-            if same and src.untyped_storage().data_ptr() in self.weights:
+            plain = copied and same and _address(src) in self.weights
+            if copied:
+                self.written[address].append((dst.detach(), plain))
+            if plain:
                 self.copies[address].append((dst.detach(), src.detach()))
                 continue
             start, end = _span(dst)
             if any(start < e and s < end for s, e in (_span(d) for d, _ in self.copies[address])):
-                self.spoiled.add(address)
+                self.overwritten.add(address)
+        if skip:
+            return targets[0] if func._schema.returns else None
         return func(*args, **(kwargs or {}))
+
+
+def _address(t: torch.Tensor) -> int:
+    """Of a tensor's memory; on the meta device, where there is none, of what stands for it."""
+    storage = t.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
@@ -519,7 +651,7 @@ def _span(t: torch.Tensor) -> tuple[int, int]:
 
 def _box(view: torch.Tensor, base: torch.Tensor) -> list[tuple[int, int]] | None:
     """The (start, stop) in each dimension of contiguous `base` that `view` of its memory is; None if it is no box."""
-    offset = (view.data_ptr() - base.data_ptr()) // base.itemsize
+    offset = view.storage_offset() - base.storage_offset()
     extents = {s: n for n, s in zip(view.shape, view.stride(), strict=True) if n > 1}
     box = []
     for n, stride in zip(base.shape, base.stride(), strict=True):
@@ -543,6 +675,67 @@ def covered_once(views: list[torch.Tensor], base: torch.Tensor) -> int | None:
     return None if (cells > 1).any() else sum(v.numel() for v in views)
 
 
+def require_written_once(model, model_config, weights: dict[str, torch.Tensor], layout: Layout) -> None:
+    """Let vLLM's loaders say what the layout cannot: they run on these weights, watched, and write into no parameter.
+
+    Raises HandleError, which names parameter and count, unless they would write each element of each of the layout's
+    unknown parameters, padding excepted, exactly once. It also does if they do not take the weights.
+    """
+    parameters = dict(model.named_parameters())
+    kept = {module: dict(module._parameters) for module in model.modules()}
+    loaded = dict(parameters)  # as the loaders find them: of another shape where layers are processed after loading
+    recorder = _RecordCopies(weights.values(), [*parameters.values(), *model.buffers()], dry=True)
+
+    def watch(as_loaded: dict[str, torch.Tensor]) -> None:
+        loaded.update(as_loaded)
+        recorder.watch(as_loaded.values())
+
+    try:
+        with recorder:
+            _load_weights(model, model_config, weights.items(), layout.needs_reload, watch)
+    except Exception as error:
+        detail = str(error) if isinstance(error, HandleError) else f"{type(error).__name__}: {error}"
+        raise _not_handled(layout, f"vLLM's loaders do not take the trainer's weights ({detail[:300]})") from None
+    finally:
+        for module, own in kept.items():  # some loaders put a new parameter in the old one's place
+            module._parameters.clear()
+            module._parameters.update(own)
+    problems = []
+    for name, needed in layout.unknown.items():
+        own = _address(parameters[name])
+        target = _address(loaded[name])
+        # vLLM's reload goes over those that it does not replace a second time.
+        count = _times_written(recorder.written[target], loaded[name], repeated=layout.needs_reload and own == target)
+        if count not in (needed, needed + layout.padding.get(name, 0)):
+            problems.append(f"{name}: {count} of {needed}" if count is not None else f"{name}: some twice")
+        elif not recorder.written[own]:
+            problems.append(f"{name}: 0 of {needed}, since vLLM's reload loses them")
+    if problems:
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+        what = "vLLM's loaders do not write each element of these parameters exactly once: "
+        raise _not_handled(layout, what + "; ".join(problems[:2]) + more)
+
+
+def _not_handled(layout: Layout, why: str) -> HandleError:
+    extra = sorted(layout.extra)
+    names = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+    why += f". The trainer sends weights whose place is not known: {names}" if extra else ""
+    return HandleError(f"{layout.architecture} is not handled, nothing was loaded: {why}")
+
+
+def _times_written(writes: list[tuple[torch.Tensor, bool]], parameter: torch.Tensor, repeated: bool) -> int | None:
+    """As `covered_once`, of what was written into a parameter. repeated: the same slice may come more than once."""
+    views: list[torch.Tensor] = []
+    slices: list[tuple] = []
+    for view, plain in writes:
+        where = (view.storage_offset(), view.shape, view.stride())
+        transformed = not plain and where in slices[-1:]  # in place, after it was loaded
+        if not transformed and not (repeated and where in slices):
+            views.append(view)
+            slices.append(where)
+    return covered_once(views, parameter)
+
+
 class CopyPlan:
     """How one set of weights gets into a model: recorded copies to replay, and weights for vLLM's loaders.
 
@@ -561,16 +754,27 @@ class CopyPlan:
         now = {n: p.data_ptr() for n, p in model.named_parameters()}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         loaders = set(layout.reload)
+        left: dict[str, int] = {}
         for name, parameter in parameters.items():
-            address = parameter.untyped_storage().data_ptr()
+            address = _address(parameter)
             copies = recorder.copies[address]
             covered = covered_once([dst for dst, _ in copies], parameter)
-            same = address not in recorder.spoiled and now[name] == parameter.data_ptr()
+            same = address not in recorder.overwritten and now[name] == parameter.data_ptr()
             # Covered but for padding; anything else is left to the loaders.
             if same and covered == parameter.numel() - layout.padding.get(name, 0):
                 self.copies += copies
+            elif name in layout.unknown:
+                left[name] = layout.unknown[name]
             else:
                 loaders |= {r.weight for r in layout.regions if r.parameter == name}
+        if left:
+            # From which weights they come is not known. These should do; if they do not, all of them will.
+            loaders |= layout.extra
+            chosen = {n: w for n, w in weights.items() if n in loaders}
+            try:
+                require_written_once(model, model_config, chosen, replace(layout, unknown=left))
+            except HandleError:
+                loaders = set(weights)
         self.loaders = sorted(loaders)
         self.nbytes = sum(dst.nbytes for dst, _ in self.copies)
         self.seen = torch.full((2,), -1, dtype=torch.int64, device=version.device)
@@ -707,6 +911,8 @@ class ColocateWorkerExtension:
         with open_handles(message, self.device) as weights:
             opened = time.perf_counter()
             version = weights.pop(VERSION)
+            if layout.unknown:
+                require_written_once(self.get_model(), self.model_config, weights, layout)
             _load_weights(self.get_model(), self.model_config, weights.items(), layout.needs_reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
@@ -736,6 +942,8 @@ class ColocateWorkerExtension:
             opened = time.perf_counter()
             word = weights.pop(VERSION)
             version = int(word)
+            if layout.unknown:
+                require_written_once(self.get_model(), self.model_config, weights, layout)
             plan = CopyPlan(self.get_model(), self.model_config, weights, word, layout)
             if version < 0 or int(word) != version:
                 raise HandleError("found the trainer in the middle of a step, needed it at rest: connect between steps")
@@ -778,10 +986,11 @@ class ColocateWorkerExtension:
         """Compare what arrived with what was sent, and every parameter element with what it must be.
 
         digests: {weight: digest} by the trainer. Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"},
-        "placement": {"checked", "wrong", "padding", "processed"}}; `checked` counts tensors and elements,
-        `wrong` names the tensors that differ (with the number of elements, for placement).
+        "placement": {"checked", "wrong", "padding", "processed", "unknown"}}; `checked` counts tensors and elements,
+        `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
+        elements by parameter (see Layout).
         """
-        layout = expected_layout(self.get_model())
+        layout = expected_layout(self.get_model(), _names(self._own(messages)))
         with open_handles(self._own(messages), self.device) as weights:
             weights.pop(VERSION)
             transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
@@ -796,6 +1005,7 @@ class ColocateWorkerExtension:
                 "wrong": wrong,
                 "padding": layout.padding,
                 "processed": layout.processed,
+                "unknown": layout.unknown,
             },
         }
 
@@ -806,7 +1016,7 @@ class ColocateWorkerExtension:
         for r in (r for r in layout.regions if r.dst is not None):
             have = parameters[r.parameter].data[r.dst]
             checked += have.numel()
-            wrong[r.parameter] += differing(have, weights[r.weight][r.src]) if r.weight in weights else have.numel()
+            wrong[r.parameter] += differing(have, r.source(weights[r.weight])) if r.weight in weights else have.numel()
         return checked, dict(+wrong)
 
     def record_weights(self) -> None:
@@ -828,14 +1038,16 @@ class ColocateWorkerExtension:
             parameter = next(p for p in parameters.values() if p.dim() == 2)
             parameter.data.view(BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
             return
-        mine, other = expected_layout(self.get_model()).regions, expected_layout(self.get_model(), tp_rank=1).regions
+        names = _names(self._own(messages))
+        mine, other = (expected_layout(self.get_model(), names, tp_rank=rank).regions for rank in (0, 1))
         region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
         with open_handles(self._own(messages), self.device) as weights:
-            parameters[region.parameter].data[region.dst].copy_(weights[region.weight][region.src])
+            parameters[region.parameter].data[region.dst].copy_(region.source(weights[region.weight]))
 
     def _checked(self, messages: dict) -> tuple[dict, Layout]:
         """This GPU's message and the model's layout. Raises HandleError unless all messages hold just its weights."""
-        message, layout = self._own(messages), expected_layout(self.get_model())
+        message = self._own(messages)
+        layout = expected_layout(self.get_model(), _names(message))
         for other in messages.values():  # the same weights on every GPU: all workers load, or none
             check_message(other, layout)
         return message, layout
@@ -847,8 +1059,16 @@ class ColocateWorkerExtension:
         return messages[gpu]
 
 
-def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
+def _load_weights(
+    model,
+    model_config,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    needs_reload: bool,
+    watch: Callable[[dict[str, torch.Tensor]], None] | None = None,
+) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
+
+    watch: called with the parameters that the reload puts in place of the model's for as long as it runs.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
     loader wants. vLLM's layerwise reload restores them, loads, processes and copies back into the same addresses, one
@@ -866,8 +1086,12 @@ def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor
             # them unpacked and the engine wrong: let it build another (UnquantizedFusedMoEMethod._setup_kernel).
             method.moe_kernel = None
     initialize_layerwise_reload(model)
-    model.load_weights(weights)
-    finalize_layerwise_reload(model, model_config)
+    try:
+        if watch:
+            watch(dict(model.named_parameters()))
+        model.load_weights(weights)
+    finally:  # it has taken the model's parameters away
+        finalize_layerwise_reload(model, model_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,12 +120,12 @@ class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         return super().push_weights(version) | {"began": began, "ended": time.perf_counter()}
 
     def needs_reload(self) -> bool:
-        return rlhf_utils.expected_layout(self.get_model()).needs_reload
+        return rlhf_utils.expected_layout(self.get_model(), []).needs_reload
 
     def compare(self, messages: dict) -> tuple[int, dict[str, int]]:
         """(elements compared, {parameter: wrong elements})."""
         with rlhf_utils.open_handles(self._own(messages), self.device) as weights:
-            return self._compare(rlhf_utils.expected_layout(self.get_model()), weights)
+            return self._compare(rlhf_utils.expected_layout(self.get_model(), weights), weights)
 
     def load_bucket(self, messages: dict) -> None:
         with rlhf_utils.open_handles(self._own(messages), self.device) as weights:

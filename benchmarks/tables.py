@@ -175,6 +175,25 @@ def soaks() -> str:
     return table(["", *header], [*moving, [", ".join(still), *["0"] * len(columns)]])
 
 
+def architectures() -> str:
+    """What of each architecture the placement check compares, from architectures.py: elements of all ranks."""
+    rows = []
+    for name, row in load("architectures.json")["architectures"]["architectures"].items():
+        one = row["tp1"]
+        two = row["tp2"]
+        if "refused" in one:
+            rows.append([f"{name} (`{one['architecture']}`)", *["–"] * 5, "refused before anything is loaded"])
+            continue
+        counts = [f"{one[kind]:,}" for kind in ("compared", "processed", "unknown", "padding")]
+        shown = sorted({re.sub(r"^.*\.\d+\.", "", n) for n in one["unknown_parameters"]})
+        how = f"{one['copies']} copies" + (f", {one['loaders']} weights through the loaders" if one["loaders"] else "")
+        unknown = f"{counts[2]} ({', '.join(f'`{n}`' for n in shown)})" if shown else counts[2]
+        cells = [counts[0], f"{two['compared']:,}", counts[1], unknown, counts[3], how]
+        rows.append([f"{name} (`{one['architecture']}`)", *cells])
+    header = ["architecture", "compared, TP=1", "compared, TP=2", "in a kernel's order", "not known", "padding"]
+    return table([*header, "a push"], rows)
+
+
 def tested() -> str:
     combinations: dict[str, set[str]] = {}
     for r in [

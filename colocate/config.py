@@ -87,6 +87,7 @@ class Config:
     offload_optimizer: bool = flag(False, "keep the optimizer's 12 bytes per parameter in host memory between steps")
     logprob_tolerance: float = flag(0.08, "largest mean gap between engine and trainer log-probabilities, nats")
     seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
+    strict: bool = flag(False, "an element of the weights that cannot be compared is an error")
     inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
     metrics: str | None = flag(

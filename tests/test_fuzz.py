@@ -52,7 +52,7 @@ class Worker(rlhf_utils.ColocateWorkerExtension):
         for name, weight in weights:
             self.parameters[name].copy_(weight)
 
-    def layout(self, _model) -> Layout:
+    def layout(self, _model, _names) -> Layout:
         whole = [Region(n, (), n, (), tuple(p.shape), p.dtype) for n, p in self.parameters.items()]
         return Layout(whole, {}, {}, False, frozenset())
 

@@ -262,3 +262,47 @@ def test_a_message_without_a_version_is_refused():
 def test_a_wrong_message_is_refused_by_name(weights, says):
     with pytest.raises(HandleError, match=says):
         check(*weights, VERSION)
+
+
+def test_each_element_written_once_is_told_from_less_and_from_more():
+    parameter = torch.zeros(4, 6)
+    upper, lower = (parameter[:2], True), (parameter[2:], True)
+    computed = (parameter[2:], False)
+    count = rlhf_utils._times_written
+    assert count([upper, lower], parameter, repeated=False) == 24
+    assert count([upper], parameter, repeated=False) == 12
+    assert count([upper, lower, computed], parameter, repeated=False) == 24, "transformed in place after its load"
+    assert count([upper, lower, lower], parameter, repeated=False) is None
+    assert count([upper, lower, lower], parameter, repeated=True) == 24
+    assert count([upper, (parameter[1:], True)], parameter, repeated=False) is None
+
+
+def test_the_loaders_record_leaves_the_parameters_alone():
+    class Model(torch.nn.Linear):
+        def load_weights(self, weights):
+            for name, weight in weights:
+                getattr(self, name).data.copy_(weight.t() if name == "weight" else weight)
+
+    model = Model(3, 2)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    weights = {"weight": torch.randn(3, 2), "bias": torch.randn(2)}
+    unknown = Layout([], {}, {}, False, frozenset(), unknown={"weight": 6, "bias": 2}, architecture="Model")
+    rlhf_utils.require_written_once(model, None, weights, unknown)
+    with pytest.raises(HandleError, match=r"Model is not handled, nothing was loaded: .*bias: 0 of 2"):
+        rlhf_utils.require_written_once(model, None, {"weight": weights["weight"]}, unknown)
+    with pytest.raises(HandleError, match=r"do not take the trainer's weights .AttributeError"):
+        rlhf_utils.require_written_once(model, None, weights | {"other": weights["bias"]}, unknown)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_strict_makes_an_error_of_what_was_not_compared():
+    import rlhf_colocate
+
+    placement = {"checked": 0, "wrong": {}, "padding": {}, "processed": {"w13": 5}, "unknown": {"A": 7}}
+    worker = {"gpu": "GPU-1", "tp_rank": 0, "placement": placement}
+    assert rlhf_colocate.check_workers([worker], "placement")["ok"], "the loaders' record speaks for A"
+    strict = rlhf_colocate.check_workers([worker], "placement", strict=True)
+    assert not strict["ok"]
+    assert set(strict["wrong"]["GPU-1 rank 0"]) == {"A", "w13"}
+    nothing = worker | {"placement": placement | {"unknown": {}}}
+    assert not rlhf_colocate.check_workers([nothing], "placement")["ok"]

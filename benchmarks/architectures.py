@@ -1,0 +1,309 @@
+"""What of each architecture the placement check compares: real vLLM models, filled by vLLM's own loaders.
+
+    python benchmarks/architectures.py --output results/architectures.json        # about two minutes, vLLM's CPU build
+
+No engine and no Ray: as many processes as tensor-parallel ranks, joined by gloo, build tiny models one after the other,
+load them from a transformers model with other weights, and compare. tests/test_layout.py says what must be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 128, "dtype": "float32"}
+TINY |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+GPT = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 1000, "dtype": "float32"}
+GPT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def of(architecture: str, kind: str, base: dict = TINY, **more) -> dict:
+    return base | {"architectures": [architecture], "model_type": kind} | more
+
+
+FALCON = of("FalconForCausalLM", "falcon", num_key_value_heads=None, tie_word_embeddings=True, alibi=False)
+MODELS = {
+    # First, since vLLM makes the groups that experts need for the model that it meets first.
+    "qwen3-moe": of(
+        "Qwen3MoeForCausalLM", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=32
+    ),
+    "mixtral": of("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": of("GraniteMoeForCausalLM", "granitemoe", num_local_experts=4, num_experts_per_tok=2),
+    "gpt-oss": of(
+        "GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=32, layer_types=None
+    ),
+    "llama": of("LlamaForCausalLM", "llama"),
+    "llama-one-kv-head": of("LlamaForCausalLM", "llama", num_key_value_heads=1),
+    "llama-biases": of("LlamaForCausalLM", "llama", attention_bias=True, mlp_bias=True),
+    "opt-padded-vocabulary": of(
+        "OPTForCausalLM", "opt", ffn_dim=192, word_embed_proj_dim=128, tie_word_embeddings=True
+    ),
+    "qwen2-tied": of("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True),
+    "qwen3": of("Qwen3ForCausalLM", "qwen3", head_dim=64),
+    "phi3-fused-checkpoint": of("Phi3ForCausalLM", "phi3", num_key_value_heads=2),
+    "gemma2": of("Gemma2ForCausalLM", "gemma2", head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True),
+    "falcon-new-decoder": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False},
+    "falcon-multi-query": FALCON | {"multi_query": True, "bias": True},
+    "falcon-multi-head": FALCON | {"multi_query": False, "bias": True, "parallel_attn": False},
+    "bloom": of("BloomForCausalLM", "bloom", n_layer=2, n_head=4, tie_word_embeddings=True),
+    "gpt-neox": of("GPTNeoXForCausalLM", "gpt_neox"),
+    "gpt-bigcode-multi-query": of("GPTBigCodeForCausalLM", "gpt_bigcode", GPT, multi_query=True),
+    "gpt-bigcode-multi-head": of("GPTBigCodeForCausalLM", "gpt_bigcode", GPT, multi_query=False),
+    "gpt2": of("GPT2LMHeadModel", "gpt2", GPT),
+    "gptj": of("GPTJForCausalLM", "gptj", GPT, rotary_dim=16, tie_word_embeddings=False),
+    "glm4": of("Glm4ForCausalLM", "glm4", head_dim=32),
+    "stablelm": of("StableLmForCausalLM", "stablelm"),
+    "cohere-qk-norm": of("CohereForCausalLM", "cohere", use_qk_norm=True, tie_word_embeddings=True),
+    "phi": of("PhiForCausalLM", "phi", num_key_value_heads=4),
+    "mamba": of("MambaForCausalLM", "mamba", state_size=16, tie_word_embeddings=True),
+    "falcon-h1": of(
+        *("FalconH1ForCausalLM", "falcon_h1"),
+        mamba_d_ssm=256,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=32,
+        mamba_n_groups=1,
+    ),
+}
+
+
+def build(folder: str, rank: int, world: int, port: int):
+    """One rank's vLLM model with dummy weights, and its configuration."""
+    import torch
+    from vllm import ModelRegistry
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    lazy = ModelRegistry.models[architecture]
+    if hasattr(lazy, "load_model_cls"):  # else vLLM inspects the class in a process of its own, which takes 7 s
+        ModelRegistry.register_model(architecture, lazy.load_model_cls())
+    args = EngineArgs(
+        model=folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="float32",
+        max_model_len=64,
+        tensor_parallel_size=world,
+        enforce_eager=True,
+        distributed_executor_backend="mp",
+        kv_cache_memory_bytes=2**24,
+    )
+    config = args.create_engine_config()
+    config.parallel_config.rank = rank
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            init_distributed_environment(world, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
+            initialize_model_parallel(world)
+        return get_model(vllm_config=config), config
+
+
+def examine(folder: str, rank: int, world: int, port: int) -> dict:
+    """Load one model through vLLM's loaders and by a recorded plan; what the layout says of both."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from vllm.config import set_current_vllm_config
+
+    import rlhf_utils as u
+
+    model, config = build(folder, rank, world, port)
+    torch.manual_seed(1)
+    with set_current_vllm_config(config):  # vLLM decorates the classes of transformers that it builds on
+        trainer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    version = torch.zeros((), dtype=torch.int64)
+    u.share_memory([*trainer.parameters(), version])
+
+    def change(step: int) -> None:
+        version.fill_(step)
+        torch.manual_seed(1 + step)
+        with torch.no_grad():
+            for p in trainer.parameters():
+                p.normal_()  # also norms and biases: equal values would hide a wrong place
+
+    def load() -> None:
+        needs_reload = any(hasattr(m, "w13_weight") for m in model.modules())
+        u._load_weights(model, config.model_config, weights.items(), needs_reload)
+
+    def digests() -> dict[str, str]:
+        return {n: u.digest(p) for n, p in model.named_parameters()}
+
+    def differing(layout) -> set[str]:
+        wrong = set()
+        parameters = dict(model.named_parameters())
+        for r in layout.regions:
+            if r.dst is not None and u.differing(parameters[r.parameter].data[r.dst], r.source(weights[r.weight])):
+                wrong.add(r.parameter)
+        return wrong
+
+    weights = dict(u.checkpoint_tensors(trainer))
+    if "lm_head.bias" in weights:
+        change(3)
+        with set_current_vllm_config(config):
+            load()  # vLLM makes some parameters only when it loads their weights, as an engine has by now
+    change(0)
+    layout = u.expected_layout(model, weights)
+    parameters = dict(model.named_parameters())
+    comparable = {r.parameter for r in layout.regions if r.dst is not None}
+    found = {"architecture": layout.architecture, "padding": layout.padding, "processed": layout.processed}
+    found["unknown"] = layout.unknown
+    found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
+    with set_current_vllm_config(config):
+        before = digests()
+        if refused := refusal(model, config.model_config, weights, version):
+            return found | {"refused": refused, "touched": digests() != before}
+        name = list(weights)[len(weights) // 2]
+        dropped = {n: w for n, w in weights.items() if n != name}
+        found["dropped"] = refusal(model, config.model_config, dropped, version)
+        found["renamed"] = refusal(model, config.model_config, dropped | {name + "x": weights[name]}, version)
+        assert digests() == before, "no check may touch a parameter"
+        assert differing(layout) == comparable, "before loading, every parameter must differ"
+        load()
+        found["wrong"] = sorted(differing(layout))
+        found["uncovered"] = uncovered(layout, parameters)
+        # The recorded plan must bring in new values exactly as the loaders bring them.
+        plan = u.CopyPlan(model, config.model_config, weights, version, layout)
+        found["copies"], found["loaders"] = len(plan.copies), len(plan.loaders)
+        change(1)
+        load()
+        by_loaders = digests()
+        change(2)
+        plan.push(2)
+        assert not set(by_loaders.items()) & set(digests().items()), "a parameter still holds the first values"
+        change(1)
+        plan.push(1)
+        found["plan_differs"] = [n for n, d in digests().items() if d != by_loaders[n]]
+        try:
+            plan.push(3)
+            found["stale"] = "accepted"
+        except u.HandleError as error:
+            found["stale"] = str(error)
+        # The other rank's layout must not fit: cut layers hold other slices there.
+        other = u.expected_layout(model, weights, tp_rank=1 - rank) if world == 2 else None
+        found["other_rank"] = len(differing(other)) if other else None
+    return found
+
+
+def refusal(model, model_config, weights: dict, version) -> str:
+    """What a worker would say of these weights before it loads any; "" if it would load them."""
+    import rlhf_utils as u
+
+    layout = u.expected_layout(model, weights)
+    try:
+        u.check_message(u.export_handles([*weights.items(), (u.VERSION, version)]), layout)
+        if layout.unknown:
+            u.require_written_once(model, model_config, weights, layout)
+    except u.HandleError as error:
+        return str(error)
+    return ""
+
+
+def uncovered(layout, parameters: dict) -> dict[str, int]:
+    """{parameter: elements in no region}; raises AssertionError for one that is in two."""
+    import torch
+
+    missed = {}
+    for name, p in parameters.items():
+        if name in layout.processed or name in layout.unknown:
+            continue
+        seen = torch.zeros(p.shape, dtype=torch.int8)
+        for r in layout.regions:
+            if r.parameter == name:
+                seen[r.dst] += 1
+        assert int(seen.max()) == 1, name
+        if count := int((seen == 0).sum()):
+            missed[name] = count
+    return missed
+
+
+def run_ranks(world: int, folder: Path, names: list[str], timeout_s: float = 300) -> list[dict[str, dict]]:
+    """Examine these models with `world` ranks. Returns per rank {model: what `examine` found}.
+
+    Raises RuntimeError, with the end of its output, if a rank fails.
+    """
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(MODELS[name]))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RLHF_COLOCATE_ROLE": "engine", "HF_HUB_OFFLINE": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+    env["VLLM_DIST_IDENT"] = uuid.uuid4().hex  # names the ranks' shared memory
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    folders = [str(folder / name) for name in names]
+    ranks: list[subprocess.Popen] = []
+    try:
+        for rank in range(world):
+            command = [sys.executable, __file__, "--rank", str(rank), str(world), port, *folders]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            ranks.append(subprocess.Popen(command, env=env, **pipes))
+        texts = [r.communicate(timeout=timeout_s)[0] for r in ranks]
+    finally:
+        for r in ranks:
+            r.kill()
+            r.wait()
+    found = [dict(json.loads(x[7:]) for x in t.splitlines() if x.startswith("RESULT ")) for t in texts]
+    for r, text, f in zip(ranks, texts, found, strict=True):
+        if r.returncode:
+            raise RuntimeError(f"a rank failed after {list(f)}: {text[-3000:]}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the report to this file")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)  # rank, ranks, port, folders: one of the processes
+    args = parser.parse_args()
+    if args.rank:
+        import torch
+
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+        rank, world, port = map(int, args.rank[:3])
+        for folder in args.rank[3:]:
+            print("RESULT " + json.dumps([Path(folder).name, examine(folder, rank, world, port)]), flush=True)
+        return 0
+    from colocate.preflight import find_packages
+
+    report: dict = {"architectures": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (1, 2):
+            ranks = run_ranks(world, Path(folder), args.models)
+            for name in args.models:
+                report["architectures"].setdefault(name, {})[f"tp{world}"] = summed([r[name] for r in ranks])
+    report["versions"], _ = find_packages()
+    report["hardware"] = {"gpus": [], "cpu_cores": os.cpu_count()}
+    report["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    report["command"] = " ".join(["python benchmarks/architectures.py", *sys.argv[1:]])
+    text = json.dumps(report, indent=1) + "\n"
+    if args.output:
+        args.output.write_text(text)
+    print(text, end="")
+    return 0
+
+
+def summed(ranks: list[dict]) -> dict:
+    """Elements of all ranks of one model."""
+    counts = {kind: sum(sum(r[kind].values()) for r in ranks) for kind in ("processed", "unknown", "padding")}
+    out = {"architecture": ranks[0]["architecture"], "compared": sum(r["compared"] for r in ranks)} | counts
+    out["unknown_parameters"] = sorted({n for r in ranks for n in r["unknown"]})
+    if "refused" in ranks[0]:
+        return out | {"refused": ranks[0]["refused"]}
+    return out | {"copies": sum(r["copies"] for r in ranks), "loaders": sum(r["loaders"] for r in ranks)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
