@@ -58,7 +58,7 @@ from colocate.config import (
     refuse_unless,
     stage_timeouts,
 )
-from colocate.preflight import preflight
+from colocate.preflight import describe_failed_save, preflight
 from colocate.watch import kill
 from rlhf_faults import (
     Lost,
@@ -806,9 +806,9 @@ class Colocation:
         """Let a training actor write a checkpoint; an older one there is replaced once the new one is complete."""
         folder = folder.resolve()
         new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-        shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
-        new.mkdir()
         try:
+            shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
+            new.mkdir()
             self.ask([self.trainers[by]], "save", str(new))
             beside = ("tokenizer*", "vocab*", "merges.txt", "special_tokens*", "chat_template*", "generation_config*")
             for file in (f for name in beside for f in self.model.glob(name)):
@@ -818,6 +818,10 @@ class Colocation:
                     folder.rename(old)
                 new.rename(folder)
                 self.saved = folder
+        except Lost:
+            raise
+        except (Stop, OSError) as error:
+            raise Stop(describe_failed_save(folder, new, error)) from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
             if folder.exists():

@@ -82,6 +82,16 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     )
 
 
+def describe_failed_save(folder: Path, half: Path, error: Exception) -> str:
+    """What to say when writing the checkpoint that was to become `folder`, in `half`, ended with this error."""
+    written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder.parent).free
+    kept = "The checkpoint from before is whole" if folder.exists() else "There was none before"
+    full = f"the disk of {folder.parent} is full, with {free} bytes free" if free < 64 * 2**20 else str(error)
+    fix = "Make room there, or try --checkpoint on another disk" if free < 64 * 2**20 else "Check --checkpoint"
+    return f"The checkpoint was not written to {folder}: after {written} bytes, {' '.join(full.split())}. {kept}. {fix}"
+
+
 def checkpoint_bytes(config: Config, weight_bytes: int, bytes_per_weight: int = 2) -> int:
     """Size of a --checkpoint: weights, float32 masters and two moments, and what --kl-coef starts from."""
     copies = 2 if config.kl_coef > 0 else 1
