@@ -544,7 +544,7 @@ class Colocation:
             }
         end, seconds, stage = self.deadline()
         longer = f"--stage-timeout start={2 * seconds:g}" if stage == "start" else f"--timeout {2 * seconds:g}"
-        self.cluster.start(end - time.monotonic(), longer, **options)
+        self.cluster.start((end, seconds), longer, **options)
         if not self.cluster.address:
             self.watch.add_ray()
             return

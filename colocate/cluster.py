@@ -134,23 +134,23 @@ class Cluster:
         self.started = threading.Event()  # ray.init has returned, or raised
         self.over = threading.Event()
 
-    def start(self, seconds: float, to_wait_longer: str, **options) -> None:
-        """ray.init(**options).
+    def start(self, deadline: tuple[float, float], to_wait_longer: str, **options) -> None:
+        """ray.init(**options), until a deadline: (time on the monotonic clock, seconds that this gave).
 
-        Raises Stop(FAIL) for a private Ray that does not start, or not within so many seconds; Stop(MISSING) if there
-        is none at the address; KeyboardInterrupt at once. Nothing is left of it then.
+        Raises Stop(FAIL) for a private Ray that does not start, or is late; Stop(MISSING) if there is none at the
+        address; KeyboardInterrupt at once. Nothing is left of it then.
 
         ray.init runs in a thread, so that the main thread, which alone hears signals, can give up a start that hangs.
         And Ray does not put its own SIGTERM handler over the script's: it does that in the main thread only.
         """
-        until = time.monotonic() + seconds
+        end, seconds = deadline
         if not self.address:
             adopt_orphans()
         self.thread = threading.Thread(target=self._hold_ray, args=(options,), name="ray", daemon=True)
         try:
             self.thread.start()
             while not self.started.wait(0.1):
-                if time.monotonic() >= until:
+                if time.monotonic() >= end:
                     found = f"Ray did not start within {seconds:g} s{stopped_processes()}"
                     raise Stop(f"{found}. To wait longer: {to_wait_longer}")
             if self.error and self.address:
@@ -187,18 +187,18 @@ class Cluster:
         if not self.running():
             return
         found = set(files)
-        if self.started.wait(2) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
+        if self.started.wait(1) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
             processes = children()
             found.update(*(shared_memory_files(p.pid) for p in processes))
             sys.modules["ray"].shutdown()
             psutil.wait_procs(processes, timeout=seconds)
-        elif not self.started.is_set():  # let ray.init end as soon as it is in Python code
+        elif not self.started.is_set():  # it raises SystemExit as soon as it is in Python code: it starts nobody else
             ident = ctypes.c_ulong(self.thread.ident)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
-        found |= end_children(seconds, until=self.started.is_set)
+        found |= end_children(seconds)
         remove(found - self.others)
-        if not self.started.is_set():  # it hangs for good, with a lock that Ray takes when Python exits
-            atexit.unregister(sys.modules["ray"].shutdown)
+        if not self.started.wait(1) and hasattr(sys.modules.get("ray"), "shutdown"):
+            atexit.unregister(sys.modules["ray"].shutdown)  # the thread is in C++, with a lock that this would wait for
         self.over.set()
 
 

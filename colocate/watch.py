@@ -45,8 +45,8 @@ def kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def end_children(seconds: float, until=lambda: True) -> set[str]:
-    """Kill all processes below this one until there are no more, and until() holds; at most for so many seconds.
+def end_children(seconds: float) -> set[str]:
+    """Kill all processes below this one until there are no more, for so many seconds at most.
 
     Returns the names of what they had in /dev/shm: the dead cannot tell any more.
     """
@@ -54,10 +54,7 @@ def end_children(seconds: float, until=lambda: True) -> set[str]:
 
     files = set()
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = children()
-        if not found and until():
-            break
+    while (found := children()) and time.monotonic() < end:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()  # whoever is stopped starts no others, and makes no more files
