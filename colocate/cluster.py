@@ -129,6 +129,7 @@ class Cluster:
     def __init__(self, address: str | None = None):
         self.address = address
         self.others = set(os.listdir("/dev/shm"))  # what was there before
+        self.not_ours = frozenset()  # children of this process that are nothing of Ray's
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None  # of ray.init
         self.started = threading.Event()  # ray.init has returned, or raised
@@ -144,6 +145,7 @@ class Cluster:
         And Ray does not put its own SIGTERM handler over the script's: it does that in the main thread only.
         """
         end, seconds = deadline
+        self.not_ours = frozenset(children())
         if not self.address:
             adopt_orphans()
         self.thread = threading.Thread(target=self._hold_ray, args=(options,), name="ray", daemon=True)
@@ -188,14 +190,14 @@ class Cluster:
             return
         found = set(files)
         if self.started.wait(1) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
-            processes = children()
+            processes = children(self.not_ours)
             found.update(*(shared_memory_files(p.pid) for p in processes))
             sys.modules["ray"].shutdown()
             psutil.wait_procs(processes, timeout=seconds)
         elif not self.started.is_set():  # it raises SystemExit as soon as it is in Python code: it starts nobody else
             ident = ctypes.c_ulong(self.thread.ident)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
-        found |= end_children(seconds)
+        found |= end_children(seconds, self.not_ours)
         remove(found - self.others)
         if not self.started.wait(1) and hasattr(sys.modules.get("ray"), "shutdown"):
             atexit.unregister(sys.modules["ray"].shutdown)  # the thread is in C++, with a lock that this would wait for

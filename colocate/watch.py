@@ -22,17 +22,17 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
-def children() -> list[psutil.Process]:
-    """All processes below this one that have not ended."""
+def children(besides: frozenset = frozenset()) -> list[psutil.Process]:
+    """All processes below this one that have not ended, but these children of it, and what is below them."""
     import psutil
 
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for child in set(psutil.Process().children()) - besides:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() == psutil.STATUS_ZOMBIE:
-                psutil.wait_procs([process], timeout=0)  # reaps it if it is an own child
+            if child.status() == psutil.STATUS_ZOMBIE:
+                psutil.wait_procs([child], timeout=0)  # reaps it
             else:
-                found.append(process)
+                found += [child, *child.children(recursive=True)]
     return found
 
 
@@ -45,8 +45,8 @@ def kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def end_children(seconds: float) -> set[str]:
-    """Kill all processes below this one until there are no more, for so many seconds at most.
+def end_children(seconds: float, besides: frozenset = frozenset()) -> set[str]:
+    """Kill `children(besides)` until there are no more, for so many seconds at most.
 
     Returns the names of what they had in /dev/shm: the dead cannot tell any more.
     """
@@ -54,7 +54,7 @@ def end_children(seconds: float) -> set[str]:
 
     files = set()
     end = time.monotonic() + seconds
-    while (found := children()) and time.monotonic() < end:
+    while (found := children(besides)) and time.monotonic() < end:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()  # whoever is stopped starts no others, and makes no more files
