@@ -10,7 +10,7 @@ Two processes share each GPU, where NCCL cannot connect them. CUDA IPC can: a tr
 worker on the same GPU maps the very same memory and loads it as vLLM's own loaders would. No weight leaves its GPU.
 
 What happens, and what each part must show:
-    1. preflight   found what is needed, or one line: found / needed / what to type
+    1. preflight   found what is needed, or one line that says what is not, and what to type
     2. place       every GPU (by UUID) holds one trainer and one engine's worker
     3. proof       all weights change by noise, are pushed, and are verified: transport, placement, behaviour, change,
                    each a check that can fail (try --inject); then the noise is taken back
@@ -519,6 +519,7 @@ class Colocation:
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
         if self.rehearsal:  # trainers and engines take turns, and share few cores
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray would count its entries; the GPUs here are logical ones
             threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute

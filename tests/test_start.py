@@ -59,7 +59,9 @@ class Start:
         (self.folder / "config.json").write_text(json.dumps(SHAPE))
         self.before = unused_shared_memory()
         self.mark = uuid.uuid4().hex
-        env = os.environ | {"TMPDIR": str(self.temporary), "RLHF_TEST_MARK": self.mark}
+        # Without any CUDA device the rehearsal has its logical GPUs all the same.
+        env = {"TMPDIR": str(self.temporary), "RLHF_TEST_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | env
         command = [sys.executable, *command, *ONE, "--model", str(self.folder)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
@@ -112,6 +114,33 @@ def start():
                 process.kill()
         one.process.wait()
         shutil.rmtree(one.folder)
+
+
+TREE = """
+import subprocess, sys, time
+from colocate.watch import adopt_orphans, children, end_children
+
+def sh(text):
+    process = subprocess.Popen(["sh", "-c", f"({text}) >/dev/null\\necho; sleep 600"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+adopt_orphans()
+mine = sh("sleep 600 &")
+besides = frozenset(children())
+sh("sleep 600 & sleep 600 &")  # the brackets' shell ends: these two are orphans
+found = children(besides)
+end_children(60, besides)
+print(len(found), children(besides), mine.poll(), len(children()))
+for process in children():
+    process.kill()
+"""
+
+
+def test_all_children_end_orphans_too_but_those_that_are_not_ours():
+    command = [sys.executable, "-c", TREE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, cwd=HERE.parent)
+    assert done.stdout.strip() == "4 [] None 3", done.stdout + done.stderr
 
 
 @pytest.mark.e2e
