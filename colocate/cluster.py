@@ -169,6 +169,7 @@ class Cluster:
         try:
             import ray
 
+            wait_for_gcs_in_python()
             ray.init(self.address or "local", **options)
         except BaseException as error:
             self.error = error
@@ -202,6 +203,28 @@ class Cluster:
         if not self.started.wait(1) and hasattr(sys.modules.get("ray"), "shutdown"):
             atexit.unregister(sys.modules["ray"].shutdown)  # the thread is in C++, with a lock that this would wait for
         self.over.set()
+
+
+def wait_for_gcs_in_python() -> None:
+    """Let Ray's wait for gcs_server's port, 30 s in C++ with Python's lock held, leave this process to its signals.
+
+    Before it, this waits for the same file (ray._private.node, start_gcs_server). A Ray without it needs nothing.
+    """
+    import ray._private.node as node
+
+    in_cpp = getattr(node, "wait_for_persisted_port", None)
+    if in_cpp is None or hasattr(in_cpp, "in_cpp"):
+        return
+
+    def wait(session_dir, node_id, port_name, timeout_ms=30_000, **rest):
+        file = Path(session_dir) / node.get_port_filename(node_id, port_name)
+        end = time.monotonic() + timeout_ms / 1000
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        return in_cpp(session_dir, node_id, port_name, timeout_ms=min(timeout_ms, 1000), **rest)
+
+    wait.in_cpp = in_cpp
+    node.wait_for_persisted_port = wait
 
 
 def stopped_processes() -> str:
