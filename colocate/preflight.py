@@ -5,6 +5,7 @@ Each mistake that shows by then ends the run with one message: what was found, w
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -37,6 +38,8 @@ def check_outputs(config: Config) -> None:
             continue
         flag = "--" + name.replace("_", "-")
         path = Path(getattr(config, name)).resolve()
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            continue  # /dev/null, or a pipe
         other = paths.setdefault(path, flag)
         refuse_unless(other == flag, f"{other} and {flag} are both {path}. Give each a path of its own")
         folder = path.parent
@@ -118,15 +121,31 @@ def check_resume(config: Config) -> None:
         state = load_trainer_state(state_file)
         with_reference = "reference" in state
         whole = {"steps", "masters", "optimizer"} <= state.keys()
+        of_other_weights = collections.Counter(tuple(m.shape) for m in state["masters"]) - weight_shapes(folder)
     except Exception as error:  # of zip, of pickle, of torch: half-written, or not torch's at all
-        message = f"{state_file} is not whole ({type(error).__name__}). {hint}"
+        message = f"{state_file} or a file beside it is not whole ({type(error).__name__}). {hint}"
         raise Stop(message, USAGE) from None
     refuse_unless(whole, f"{state_file} is not of this script. {hint}")
+    message = f"{state_file} and the weights beside it are not of one model. {hint}"
+    refuse_unless(not of_other_weights, message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)
     message = f"--resume {folder} is of a run with --kl-coef. Give the same --kl-coef again"
     refuse_unless(with_kl or not with_reference, message)
+
+
+def weight_shapes(folder: Path) -> collections.Counter:
+    """How many weights of each shape are in a folder's safetensors files, by their headers.
+
+    A file begins with its header's length (8 bytes, little-endian), then JSON: https://huggingface.co/docs/safetensors.
+    """
+    shapes = collections.Counter()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes.update(tuple(w["shape"]) for name, w in header.items() if name != "__metadata__")
+    return shapes
 
 
 def load_trainer_state(file: Path) -> dict:

@@ -284,6 +284,7 @@ def test_outputs_are_tried(tmp_path):
         rp.check_outputs(Config(trace=str(tmp_path / "folder")))
     with refused(USAGE, "mkdir -p"):
         rp.check_outputs(Config(checkpoint=str(tmp_path / "none/here")))
+    rp.check_outputs(Config(metrics="/dev/null", output_json="/dev/null"))
     with refused(USAGE, "--output-json and --metrics are both"):
         rp.check_outputs(Config(metrics=str(tmp_path / "one"), output_json=str(tmp_path / "one")))
 
@@ -341,10 +342,14 @@ def test_a_disk_that_fills_up_later_is_named(small_disk):
 def saved(tmp_path):
     """A checkpoint's folder as far as `check_resume` looks at it; called with what is in its trainer_state.pt."""
 
-    def save(**state) -> str:
+    def save(shape: int = 2, **state) -> str:
         torch = pytest.importorskip("torch")
         (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
-        torch.save({"steps": 3, "masters": [torch.zeros(2)], "optimizer": {}} | state, tmp_path / "trainer_state.pt")
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        torch.save(
+            {"steps": 3, "masters": [torch.zeros(shape)], "optimizer": {}} | state, tmp_path / "trainer_state.pt"
+        )
         return str(tmp_path)
 
     return save
@@ -360,9 +365,12 @@ def test_a_checkpoint_is_looked_at_before_anything_starts(saved, tmp_path):
     rp.check_resume(Config(resume=saved(reference={}), kl_coef=0.1, **bf16))
     with refused(USAGE, "Give the same --kl-coef again"):
         rp.check_resume(Config(resume=str(tmp_path), **bf16))
+    with refused(USAGE, "are not of one model"):
+        rp.check_resume(Config(resume=saved(shape=3), **bf16))
+    saved()
     state = tmp_path / "trainer_state.pt"
     state.write_bytes(state.read_bytes()[:-100])
-    with refused(USAGE, "trainer_state.pt is not whole"):
+    with refused(USAGE, "trainer_state.pt or a file beside it is not whole"):
         rp.check_resume(Config(resume=str(tmp_path), **bf16))
     state.unlink()
     with refused(USAGE, "has no trainer_state.pt"):
