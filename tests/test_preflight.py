@@ -327,15 +327,30 @@ def test_the_disk_has_room_for_the_checkpoint(small_disk):
     assert rp.checkpoint_bytes(Config(kl_coef=0.1), 4_000, bytes_per_weight=4) == 8_000 + 12 * 1_000
 
 
-def test_a_disk_that_fills_up_later_is_named(small_disk):
-    """torch's own words for it are "unexpected pos" and "enforce fail at inline_container.cc"."""
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk):
+    """It is named, in place of torch's "unexpected pos"; the checkpoint from before stays, the half one goes."""
+    torch = pytest.importorskip("torch")
     (small_disk / "saved").mkdir()
-    half = small_disk / ".saved.new"
-    half.mkdir()
-    (half / "weights").write_bytes(bytes(1000))
-    message = rp.describe_failed_save(small_disk / "saved", half, Stop("unexpected pos 1716608 vs 1716496"))
-    assert f"the disk of {small_disk} is full" in message and "after 1000 bytes" in message
-    assert "The checkpoint from before is whole" in message and "unexpected pos" not in message
+    (small_disk / "saved/trainer_state.pt").write_text("whole")
+
+    class Layout(rc.Colocation):
+        trainers = (None,)
+
+        def __init__(self):
+            pass
+
+        def ask(self, actors, method, folder):
+            try:
+                torch.save(torch.zeros(2**20), Path(folder) / "trainer_state.pt")
+            except RuntimeError as error:
+                raise Stop(f"training actor 0 (save): {error}") from None
+
+    with pytest.raises(Stop, match=f"the disk of {small_disk} is full") as stop:
+        Layout().save(small_disk / "saved")
+    assert "The checkpoint from before is whole" in str(stop.value)
+    assert "unexpected pos" not in str(stop.value)
+    assert [f.name for f in small_disk.iterdir()] == ["saved"]
+    assert (small_disk / "saved/trainer_state.pt").read_text() == "whole"
 
 
 @pytest.fixture
