@@ -10,7 +10,7 @@ Two processes share each GPU, where NCCL cannot connect them. CUDA IPC can: a tr
 worker on the same GPU maps the very same memory and loads it as vLLM's own loaders would. No weight leaves its GPU.
 
 What happens, and what each part must show:
-    1. preflight   found what is needed, or one line: found / needed / what to type
+    1. preflight   found what is needed, or one line that says what is not, and what to type
     2. place       every GPU (by UUID) holds one trainer and one engine's worker
     3. proof       all weights change by noise, are pushed, and are verified: transport, placement, behaviour, change,
                    each a check that can fail (try --inject); then the noise is taken back
@@ -41,11 +41,11 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
 
+from colocate.cluster import ENDING, Cluster, interrupts_deferred, make_temporary_folder
 from colocate.config import (
     FAIL,
     INTERRUPTED,
@@ -55,20 +55,19 @@ from colocate.config import (
     USAGE,
     Config,
     Stop,
-    require,
+    refuse_unless,
     stage_timeouts,
 )
 from colocate.memory import MAX_NUM_SEQS, rehearsal_kv_bytes
 from colocate.model_folder import BESIDE, Model, describe_loading
-from colocate.preflight import preflight
+from colocate.preflight import describe_failed_save, preflight
+from colocate.watch import kill
 from rlhf_faults import (
     Lost,
     Watch,
     bury,
-    kill,
     part_name,
     recover,
-    remove,
     require_alive,
     wait_for,
 )
@@ -471,24 +470,6 @@ def match_placement(trainers: list[dict], engines: list[list[dict]]) -> list[dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run, unless it was started to ignore them
-
-
-@contextlib.contextmanager
-def interrupts_deferred():
-    """Let Ctrl-C wait: interrupted half-way, starting or stopping Ray would leave processes behind."""
-    pending = []
-    heard = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
-    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in heard}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-    if pending:
-        raise KeyboardInterrupt
-
-
 # What may follow what: {(state of the engines, action): state after it}. Out of order, vLLM would crash, or sample from
 # weights that are not there.
 TRANSITIONS = {
@@ -521,11 +502,11 @@ class Colocation:
         self.state = "ready"  # of the engines, see TRANSITIONS
         self.log, self.watch, self.limits = log or Log(), Watch(), stage_timeouts(config)
         self.base_port = free_port()
-        self.sockets = tempfile.TemporaryDirectory(prefix="vllm-")  # vLLM leaves its own behind
+        self.cluster = Cluster(config.ray_address or os.environ.get("RAY_ADDRESS"))
         self.stage_now: tuple[str, float] | None = None  # its name, and when it began
         self.saved = model.source if config.resume else None  # the last checkpoint of this run
+        self.folder = make_temporary_folder()  # of Ray, and for vLLM's sockets
 
-    @interrupts_deferred()
     def start_ray(self) -> None:
         """Start a private Ray, or join the one at --ray-address. Its processes are an engine's unless told otherwise.
 
@@ -538,7 +519,7 @@ class Colocation:
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
             "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
-            "VLLM_RPC_BASE_PATH": self.sockets.name,
+            "VLLM_RPC_BASE_PATH": str(self.folder),
             # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.
             "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(max([config.timeout, *self.limits.values()])) + 60),
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
@@ -548,43 +529,46 @@ class Colocation:
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
         if self.rehearsal:  # trainers and engines take turns, and share few cores
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray would count its entries; the GPUs here are logical ones
             threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
             # See rlhf_utils.preload_engine_process.
             env["RLHF_COLOCATE_AVX2"] = "1" if self.model_config.get("attn_logit_softcapping") else ""
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
-        address = config.ray_address or os.environ.get("RAY_ADDRESS")
-        if not address:
+        if self.cluster.address:
+            options["runtime_env"] = {
+                "env_vars": env,
+                "worker_process_setup_hook": "rlhf_utils.preload_engine_process",
+            }
+        else:
             # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless
             # this is said, on Linux too, before it is imported (ray._private.services.get_node_ip_address).
             os.environ.update(env | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+            options |= {
+                "num_gpus": config.num_gpus if self.rehearsal else None,
+                "num_cpus": config.num_engines + config.num_gpus,  # an engine's own process and its workers'
+                "include_dashboard": False,
+                "object_store_memory": 128 * 2**20,  # bytes; only small messages pass through it
+                "_temp_dir": str(self.folder),
+                # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40
+                # to 80 bytes per call (20,000 calls of a bare actor; with this they do not).
+                "_system_config": {"preload_python_modules": ["rlhf_utils"], "task_events_report_interval_ms": 0},
+            }
+        end, seconds, stage = self.deadline()
+        longer = f"--stage-timeout start={2 * seconds:g}" if stage == "start" else f"--timeout {2 * seconds:g}"
+        self.cluster.start((end, seconds), longer, **options)
+        if not self.cluster.address:
+            self.watch.add_ray()
+            return
         import ray
 
-        if address:
-            hook = "rlhf_utils.preload_engine_process"
-            try:
-                ray.init(address, runtime_env={"env_vars": env, "worker_process_setup_hook": hook}, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                fix = "type ray start --head, export RAY_AUTH_MODE=token if it wants one, or leave out --ray-address"
-                require(False, f"no Ray cluster at {address!r} ({error})", "a running one", fix, MISSING)
-            free = ray.available_resources().get("GPU", 0)
-            fix = "wait for its other jobs, type a smaller --num-gpus, or leave out --ray-address"
-            found = f"{free:g} free GPUs in the Ray cluster at {address!r}"
-            require(free >= config.num_gpus, found, f"{config.num_gpus}", fix, MISSING)
-            return
-        ray.init(
-            address="local",
-            num_gpus=config.num_gpus if self.rehearsal else None,
-            num_cpus=config.num_engines + config.num_gpus,  # an engine's own process and its workers'
-            include_dashboard=False,
-            object_store_memory=128 * 2**20,  # bytes; only small messages pass through it
-            # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40 to
-            # 80 bytes per call (20,000 calls of a bare actor; with this they do not).
-            _system_config={"preload_python_modules": ["rlhf_utils"], "task_events_report_interval_ms": 0},
-            **options,
+        free = ray.available_resources().get("GPU", 0)
+        message = (
+            f"The Ray cluster at {self.cluster.address!r} has {free:g} free GPUs, and {config.num_gpus} are needed"
         )
-        self.watch.add_ray()
+        fix = "Wait for its other jobs, try a smaller --num-gpus, or leave out --ray-address"
+        refuse_unless(free >= config.num_gpus, f"{message}. {fix}", MISSING)
 
     def start_actors(self) -> None:
         """Ask for everything at once: the actors' imports run in parallel."""
@@ -593,12 +577,15 @@ class Colocation:
 
         config = self.config
         self.group = placement_group([{"GPU": 1}] * config.num_gpus, strategy="PACK")
-        if not self.group.wait(self.deadline()[1]):
-            found = f"{config.num_gpus} GPUs did not come free within {self.deadline()[1]:g} s"
+        end, seconds, _ = self.deadline()
+        while not self.group.wait(1):  # in steps: Ctrl-C is heard only between them
+            if time.monotonic() < end:
+                continue
             have, free = (
                 {k: v for k, v in r().items() if k in ("CPU", "GPU")}
                 for r in (ray.cluster_resources, ray.available_resources)
             )
+            found = f"{config.num_gpus} GPUs did not come free within {seconds:g} s"
             raise Stop(f"placement group: {found}; the cluster has {have}, of which free are {free}", MISSING)
         self.engines = [self.new_engine(e) for e in range(config.num_engines)]
         self.trainers = [self.new_trainer(i, self.model, self.load_format) for i in range(config.num_gpus)]
@@ -833,9 +820,9 @@ class Colocation:
         """Let a training actor write a checkpoint; an older one there is replaced once the new one is complete."""
         folder = folder.resolve()
         new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-        shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
-        new.mkdir()
         try:
+            shutil.rmtree(new, ignore_errors=True)  # of a trainer that was lost while it wrote
+            new.mkdir()
             self.ask([self.trainers[by]], "save", str(new))
             for file in {f for name in BESIDE for f in self.model.glob(name) if f.is_file()}:
                 shutil.copy(file, new)
@@ -844,6 +831,10 @@ class Colocation:
                     folder.rename(old)
                 new.rename(folder)
                 self.saved = folder
+        except Lost:
+            raise
+        except (Stop, OSError) as error:
+            raise Stop(describe_failed_save(folder, new, error)) from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
             if folder.exists():
@@ -938,26 +929,21 @@ class Colocation:
 
         A private Ray ends with all its actors. It is asked for nothing: it may be what has failed.
         """
-        import psutil
-        import ray
+        if self.cluster.running():
+            import ray
 
-        if not ray.is_initialized():
-            return
-        processes = {*psutil.Process().children(recursive=True), *(m.process for m in self.watch.members if m.process)}
-        files = {f for p in processes for f in self.watch.shared_memory_files(p.pid)}
-        files.update(*self.watch.files.values())
-        broken = {m.part for m in self.watch.members if m.state()}
-        if any(m.state() for m in self.watch.ray):
-            broken = set(self.parts())
-        asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
-        ray.wait(asked, num_returns=len(asked), timeout=10) if asked else None
-        kill([m.process for m in self.watch.of(broken) if m.process])  # a stopped one hears nothing else
-        if self.group and not self.watch.ray:  # of a cluster, whose next user wants the GPUs
-            ray.util.remove_placement_group(self.group)
-        ray.shutdown()
-        kill(psutil.wait_procs(processes, timeout=10)[1])
-        remove(files)
-        self.sockets.cleanup()
+            broken = {m.part for m in self.watch.members if m.state()}
+            if any(m.state() for m in self.watch.ray):
+                broken = set(self.parts())
+            asked = [e.shutdown.remote() for e in self.engines if self.engine_gpus and self.part(e) not in broken]
+            if asked:
+                ray.wait(asked, num_returns=len(asked), timeout=10)
+            kill([m.process for m in self.watch.of(broken) if m.process])  # a stopped one hears nothing else
+            if self.group and self.cluster.address:  # the next user of this cluster wants the GPUs
+                ray.util.remove_placement_group(self.group)
+            self.watch.note_files()
+            self.cluster.stop(set().union(*self.watch.files.values()))
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class SabotagedColocation(Colocation):
@@ -1265,12 +1251,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     report["command"] = " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)])
     report["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    scratch = Path(tempfile.mkdtemp(prefix="rlhf-colocate-"))
     for s in ENDING:
         if signal.getsignal(s) is not signal.SIG_IGN:
             signal.signal(s, signal.default_int_handler)
-    code, verdict, colocation = PASS, "PASS", None
+    code, verdict, colocation, scratch = PASS, "PASS", None, None
     try:
+        scratch = make_temporary_folder()
         kind = SabotagedColocation if config.inject else Colocation
         colocation = kind(*preflight(config, log, report, scratch), log)
         config = colocation.config
@@ -1303,7 +1289,8 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             code, verdict = FAIL, f"FAIL: teardown: {type(error).__name__}: {error}; without that: {verdict}"
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
     if code in (USAGE, MISSING):
         print(f"rlhf_colocate.py: error: {verdict.removeprefix('FAIL: ')}", file=sys.stderr)
         return code

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from colocate.config import FAIL, STAGES, Stop
 from colocate.preflight import check_shared_memory
+from colocate.watch import kill, remove, shared_memory_files
 
 if TYPE_CHECKING:
     import psutil
@@ -137,11 +138,7 @@ class Watch:
 
         Neither what was there before nor what is in folders: models, checkpoints and packages may be kept there.
         """
-        try:
-            mapped = Path(f"/proc/{pid}/maps").read_text()
-        except OSError:
-            return set()
-        return set(re.findall(r" /dev/shm/([^/\s]+)$", mapped, re.MULTILINE)) - self.others
+        return shared_memory_files(pid) - self.others
 
 
 def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -> list:
@@ -410,22 +407,6 @@ def half_started(colocation: Colocation, *kinds: str) -> list[psutil.Process]:
             if process.pid not in known and re.match(f"ray::({'|'.join(kinds)})\\b", title):
                 found.append(process)
     return found
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    """SIGKILL, for which nothing is too stuck."""
-    import psutil
-
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def remove(files: set[str]) -> None:
-    """Unlink these names in /dev/shm."""
-    for file in files:
-        with contextlib.suppress(OSError):  # gone already, or another user's
-            os.unlink(f"/dev/shm/{file}")
 
 
 def rescue(colocation: Colocation, lost: set[Part], scratch: Path, say) -> str:

@@ -40,7 +40,14 @@ def require(ok: bool, found: str, needed: str, fix: str, code: int = USAGE) -> N
         raise Stop(f"found {found}; needed {needed}; {fix}", code)
 
 
+def refuse_unless(ok: bool, message: str, code: int = USAGE) -> None:
+    """Raise Stop(message, code) unless ok. The message says what was found, what is needed, and what to type."""
+    if not ok:
+        raise Stop(message, code)
+
+
 def flag(default, text: str, **extra):
+    """A field of Config. extra: argparse's `choices` and `type`; `at_least`, `above`, `at_most`, `below`: its range."""
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
 
@@ -49,11 +56,13 @@ class Config:
     """Everything that can be set; the command line's flags are made from it."""
 
     model: str | None = flag(None, f"hub id, or folder of a Hugging Face checkpoint (default: {DEFAULT_MODEL})")
-    num_gpus: int = flag(4, "GPUs, which is bundles, which is training actors")
-    tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started")
-    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a training actor")
-    engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker")
-    gpu_memory_utilization: float = flag(0.4, "share of each GPU's memory that a vLLM engine may fill")
+    num_gpus: int = flag(4, "GPUs, which is bundles, which is training actors", at_least=1)
+    tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started", at_least=1)
+    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a training actor", above=0, below=1)
+    engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker", above=0, below=1)
+    gpu_memory_utilization: float = flag(
+        0.4, "share of each GPU's memory that a vLLM engine may fill", above=0, below=1
+    )
     dtype: str = flag(
         "auto",
         "dtype of trainer and engine; 'auto': bfloat16 on GPUs and on CPUs that multiply it fast, float32 on others",
@@ -62,31 +71,35 @@ class Config:
     load_format: str = flag(
         "auto", "'dummy': read no weights, start from seeded random ones", choices=("auto", "dummy")
     )
-    max_model_len: int = flag(512, "context length, tokens")
+    max_model_len: int = flag(512, "context length, tokens", at_least=1)
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
     push: str = flag(
         "recorded",
         "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push",
         choices=("recorded", "simple"),
     )
-    max_tokens: int = flag(16, "tokens to generate per completion, at most")
-    steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone")
-    prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines")
-    group_size: int = flag(8, "completions per prompt")
+    max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
+    steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone", at_least=0)
+    prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines", at_least=1)
+    group_size: int = flag(8, "completions per prompt", at_least=1)
     learning_rate: float | None = flag(
-        None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float
+        None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float, at_least=0
     )
-    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability")
-    kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy")
-    micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor")
+    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability", above=0)
+    kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
+    micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor", at_least=1)
     sleep_level: int = flag(
         2,
         "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing",
         choices=(0, 1, 2),
     )
     offload_optimizer: bool = flag(False, "keep the optimizer's 12 bytes per parameter in host memory between steps")
-    logprob_tolerance: float = flag(0.08, "largest mean gap between engine and trainer log-probabilities, nats")
-    seed: int = flag(0, "seed of the weights' changes, the random weights and the token-id prompts")
+    logprob_tolerance: float = flag(
+        0.08, "largest mean gap between engine and trainer log-probabilities, nats", above=0
+    )
+    seed: int = flag(
+        0, "seed of the weights' changes, the random weights and the token-id prompts", at_least=0, at_most=2**32 - 1
+    )
     strict: bool = flag(False, "an element of the weights that cannot be compared is an error")
     inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
@@ -96,12 +109,14 @@ class Config:
     plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
-    checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)")
+    checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)", at_least=0)
     resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more; the other flags as before")
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
-    timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost")
+    timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost", above=0)
     stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
-    max_restarts: int = flag(1, "how often a run that is in its RLHF loop rebuilds what died or hangs; 0: it ends")
+    max_restarts: int = flag(
+        1, "how often a run that is in its RLHF loop rebuilds what died or hangs; 0: it ends", at_least=0
+    )
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
     @property
@@ -124,69 +139,92 @@ class Config:
         return Config(**vars(parser.parse_args(argv)))
 
 
+def check_range(config: Config) -> None:
+    """Raise Stop(USAGE) for a flag whose value is outside its range, is not a finite number, or is empty."""
+    for f in dataclasses.fields(config):
+        name = "--" + f.name.replace("_", "-")
+        value = getattr(config, f.name)
+        if isinstance(value, str):
+            refuse_unless(bool(value.strip()), f"{name} has an empty value. Give it one, or leave {name} out")
+        if value is None or isinstance(value, (str, bool)):
+            continue
+        limits = {
+            f"at least {f.metadata.get('at_least')}": value >= f.metadata.get("at_least", value),
+            f"more than {f.metadata.get('above')}": value > f.metadata.get("above", -math.inf),
+            f"at most {f.metadata.get('at_most')}": value <= f.metadata.get("at_most", value),
+            f"less than {f.metadata.get('below')}": value < f.metadata.get("below", math.inf),
+            "a finite number": math.isfinite(value),
+        }
+        hint = f"Leave {name} out" if f.default is None else f"Try: {name} {f.default}"
+        for limit, holds in reversed(limits.items()):
+            refuse_unless(holds, f"{name} {value} must be {limit}. {hint}")
+
+
 def check_layout(config: Config) -> None:
-    """Raise Stop(USAGE) for counts and shares that cannot be laid out."""
-    n, tp = config.num_gpus, config.tensor_parallel_size
-    found, fix = f"--num-gpus {n} --tensor-parallel-size {tp}", "type --num-gpus 1 --tensor-parallel-size 1"
-    require(min(n, tp) > 0, found, "1 or more of each", fix)
+    """Raise Stop(USAGE) for values out of range, and for counts and shares that cannot be laid out."""
+    check_range(config)
+    n = config.num_gpus
+    tp = config.tensor_parallel_size
     best = max(t for t in range(1, min(n, tp) + 1) if n % t == 0)
-    fix = f"type --tensor-parallel-size {best}"
-    require(n % tp == 0, f"{n} GPUs and --tensor-parallel-size {tp}", f"a divisor of {n}", fix)
-    trainer, engine = config.trainer_gpu_share, config.engine_gpu_share
-    fits = min(trainer, engine) > 0 and trainer + engine <= 1 + 1e-9
-    found = f"GPU shares {trainer:g} (trainer) + {engine:g} (engine) = {trainer + engine:g}"
-    needed, fix = "two positive shares whose sum is at most 1", "type --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
-    require(fits, found, needed, fix)
-    share = config.gpu_memory_utilization
-    needed, fix = "a share between 0 and 1 that leaves room for the trainer", "type --gpu-memory-utilization 0.4"
-    require(0 < share < 1, f"--gpu-memory-utilization {share:g}", needed, fix)
+    gpus = f"{n} GPU{'s' if n > 1 else ''}"
+    message = f"--tensor-parallel-size {tp} does not divide {gpus}. Try: --tensor-parallel-size {best}"
+    refuse_unless(n % tp == 0, message)
+    trainer = config.trainer_gpu_share
+    engine = config.engine_gpu_share
+    shares = f"--trainer-gpu-share {trainer:g} and --engine-gpu-share {engine:g} add up to {trainer + engine:g}"
+    fix = "Try: --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
+    refuse_unless(trainer + engine <= 1 + 1e-9, f"{shares}, but a GPU has 1 to give. {fix}")
     stage_timeouts(config)
-    found, fix = f"--timeout {config.timeout:g}", "leave out --timeout"
-    require(0 < config.timeout < math.inf, found, "seconds, more than 0", fix)
-    found, fix = f"--max-restarts {config.max_restarts}", "type --max-restarts 0"
-    require(config.max_restarts >= 0, found, "0 or more", fix)
     if config.inject == "wrong-tp-slice":
-        require(tp > 1, "--inject wrong-tp-slice with one rank", "two", "type --tensor-parallel-size 2")
+        refuse_unless(tp > 1, "--inject wrong-tp-slice needs two ranks. Try: --num-gpus 2 --tensor-parallel-size 2")
     if config.inject == "drift-replica":
-        require(n > 1, "--inject drift-replica with one trainer", "two", "type --num-gpus 2")
+        refuse_unless(n > 1, "--inject drift-replica needs two training actors. Try: --num-gpus 2")
 
 
 def stage_timeouts(config: Config) -> dict[str, float]:
     """{stage: seconds} of --stage-timeout. Raises Stop(USAGE) for what is not of the form push=5,rollout=60."""
-    limits, needed = {}, f"STAGE=SECONDS[,...] with a stage of {', '.join(STAGES)}"
+    limits = {}
     for part in filter(None, (config.stage_timeout or "").split(",")):
         stage, _, text = part.partition("=")
-        stage, seconds = stage.strip(), 0.0
+        stage = stage.strip()
+        seconds = 0.0
         with contextlib.suppress(ValueError):
             seconds = float(text)
-        ok = stage in STAGES and 0 < seconds < math.inf
-        require(ok, f"--stage-timeout {part}", needed, "type --stage-timeout push=5,rollout=60")
+        refuse_unless(
+            stage in STAGES and 0 < seconds < math.inf,
+            f"--stage-timeout {part} is not of the form STAGE=SECONDS, with more than 0 seconds and a stage of "
+            f"{', '.join(STAGES)}. Try: --stage-timeout push=5,rollout=60",
+        )
         limits[stage] = seconds
     return limits
 
 
 def check_loop(config: Config) -> None:
-    """Raise Stop(USAGE) or Stop(MISSING) for an RLHF loop that cannot run."""
-    prompts, sequences = config.prompts_per_step, config.prompts_per_step * config.group_size
-    negative = [n for n in ("steps", "checkpoint_every") if getattr(config, n) < 0]
-    negative += [n for n in ("max_tokens", "micro_batch_size", "clip_range") if getattr(config, n) <= 0]
-    negative += [n for n in ("learning_rate", "kl_coef") if (getattr(config, n) or 0) < 0]
-    for name in negative:
-        what = "--" + name.replace("_", "-")
-        require(False, f"{what} {getattr(config, name)}", "a positive number", f"leave out {what}")
-    needed = f"{LONGEST_PROMPT} less than --max-model-len {config.max_model_len}, for the prompt"
-    fix = f"type --max-model-len {config.max_tokens + LONGEST_PROMPT}"
-    fits = config.max_tokens + LONGEST_PROMPT <= config.max_model_len
-    require(fits, f"--max-tokens {config.max_tokens}", needed, fix)
+    """Raise Stop(USAGE) for an RLHF loop that cannot run, and for flags that do not go together."""
+    refuse_unless(
+        config.max_tokens + LONGEST_PROMPT <= config.max_model_len,
+        f"--max-model-len {config.max_model_len} is too short for prompts of {LONGEST_PROMPT} tokens and --max-tokens "
+        f"{config.max_tokens}. Try: --max-model-len {config.max_tokens + LONGEST_PROMPT}",
+    )
+    if config.resume:
+        refuse_unless(config.model is None, "--resume brings its own model. Leave --model out")
+        refuse_unless(config.load_format != "dummy", "--resume reads its weights from files. Leave --load-format out")
+    every = config.checkpoint_every
+    message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
+    refuse_unless(bool(config.checkpoint) or not every, message)
     if not config.steps:
         return
-    found, needed = f"--group-size {config.group_size}", "2 or more: a completion is judged by its group"
-    require(config.group_size > 1, found, needed, "type --group-size 8")
-    needed, fix = f"one for each of {config.num_engines} engines", f"type --prompts-per-step {config.num_engines}"
-    require(prompts >= config.num_engines, f"--prompts-per-step {prompts}", needed, fix)
-    needed, fix = f"one for each of {config.num_gpus} training actors", f"type --prompts-per-step {config.num_gpus}"
-    require(sequences >= config.num_gpus, f"{sequences} completions per step", needed, fix)
-    needed, fix = "bfloat16 or float32: float16's small gradients vanish", "type --dtype bfloat16"
-    require(config.dtype != "float16", "--dtype float16 with --steps", needed, fix)
-    found, fix = f"--checkpoint-every {config.checkpoint_every} alone", "type --checkpoint DIR"
-    require(bool(config.checkpoint) or not config.checkpoint_every, found, "a folder for it", fix)
+    engines = config.num_engines
+    prompts = config.prompts_per_step
+    sequences = prompts * config.group_size
+    message = f"--group-size {config.group_size} leaves a completion nothing to be compared with. Try: --group-size 8"
+    refuse_unless(config.group_size > 1, message)
+    message = f"--prompts-per-step {prompts} is fewer than the {engines} engines. Try: --prompts-per-step {engines}"
+    refuse_unless(prompts >= engines, message)
+    refuse_unless(
+        sequences >= config.num_gpus,
+        f"--prompts-per-step {prompts} with --group-size {config.group_size} gives {sequences} completions, fewer than "
+        f"the {config.num_gpus} training actors. Try: --prompts-per-step {config.num_gpus}",
+    )
+    message = "--dtype float16 loses small gradients, which vanish in it. Try: --dtype bfloat16, or --steps 0"
+    refuse_unless(config.dtype != "float16", message)

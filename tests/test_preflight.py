@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import stat
+import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_colocate as rc
+from colocate import cluster
 from colocate import config as cc
 from colocate import preflight as rp
 from colocate.config import MISSING, USAGE, Config, Stop
@@ -39,10 +43,10 @@ def test_help_is_quick_and_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--tensor-parallel-size", "3"], "type --tensor-parallel-size 2"),
-        (["--num-gpus", "0"], "1 or more"),
-        (["--trainer-gpu-share", "0.7"], "at most 1"),
-        (["--gpu-memory-utilization", "1.5"], "between 0 and 1"),
+        (["--tensor-parallel-size", "3"], "Try: --tensor-parallel-size 2"),
+        (["--num-gpus", "0"], "--num-gpus 0 must be at least 1"),
+        (["--trainer-gpu-share", "0.7"], "add up to 1.1"),
+        (["--gpu-memory-utilization", "1.5"], "must be less than 1"),
         (["--num-gpus", "1", "--tensor-parallel-size", "1", "--inject", "wrong-tp-slice"], "--tensor-parallel-size 2"),
         (["--num-gpus", "1", "--tensor-parallel-size", "1", "--inject", "drift-replica"], "--num-gpus 2"),
         (["--output-json", "/no/such/folder/report.json"], "mkdir -p /no/such/folder"),
@@ -54,7 +58,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, says):
     assert time.perf_counter() - start < 20
     assert done.returncode == USAGE
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("rlhf_colocate.py: error: found ") and says in message
+    assert message.startswith("rlhf_colocate.py: error: ") and says in message
     assert "Traceback" not in done.stderr
 
 
@@ -84,7 +88,7 @@ def test_hardware(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     assert rp.check_hardware(Config(), gpus(4), False)["mode"] == "CUDA IPC"
-    with refused(MISSING, "type --num-gpus 2 --tensor-parallel-size 2"):
+    with refused(MISSING, "Try: --num-gpus 2 --tensor-parallel-size 2"):
         rp.check_hardware(Config(), gpus(2), False)
     with refused(MISSING, "no NVIDIA GPU"):
         rp.check_hardware(Config(), [], False)
@@ -94,17 +98,294 @@ def test_hardware(monkeypatch):
             rp.check_hardware(Config(), gpus(4), False)
 
 
-def test_visible_gpus_keep_the_users_order(tmp_path, monkeypatch):
+@pytest.fixture
+def fake_nvidia_smi(tmp_path, monkeypatch):
+    """Call it with what nvidia-smi is to print."""
     tool = tmp_path / "nvidia-smi"
-    rows = "\n".join(f"{i}, GPU-aa{i}, NVIDIA H100, 81559, 81000" for i in range(8))
-    tool.write_text(f"#!/bin/sh\ncat <<END\n{rows}\nEND\n")
-    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert len(rp.find_gpus()) == 8
-    for visible, expected in [("4,5,6,7", "4567"), ("3,1", "31"), ("GPU-aa2", "2"), ("", "")]:
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+    def prints(text: str) -> None:
+        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        tool.chmod(0o755)
+
+    return prints
+
+
+EIGHT = "\n".join(f"{i}, GPU-aa{i}, NVIDIA H100, 81559, 81000" for i in range(8))
+
+
+@pytest.mark.parametrize(
+    "visible, expected",
+    [
+        (None, "01234567"),
+        ("4,5,6,7", "4567"),
+        ("3, 1", "31"),
+        ("GPU-aa2", "2"),
+        ("GPU-aa5,GPU-AA0", "50"),
+        ("01,+2,3abc", "123"),
+        ("0 1", "0"),
+        ("0,,1", "0"),
+        (",1", ""),
+        ("gpu-aa1", ""),
+        ("aa1", ""),
+        # CUDA stops at the first entry that it does not know.
+        ("0,-1,1", "0"),
+        ("0,8,1", "0"),
+        ("GPU-aa3,GPU-b,GPU-aa4", "3"),
+        ("GPU-aa3,4", "3"),
+        ("0,GPU-aa4", "0"),
+        ("-1", ""),
+        ("", ""),
+        ("all", ""),
+        ("MIG-GPU-aa0/1/0", ""),
+        # One that is there twice, or fits several GPUs, leaves none.
+        ("0,0", ""),
+        ("GPU-aa1,GPU-aa1", ""),
+        ("GPU-aa", ""),
+    ],
+)
+def test_cuda_visible_devices_by_cudas_own_rules(visible, expected, fake_nvidia_smi, monkeypatch):
+    fake_nvidia_smi(EIGHT)
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert [g["index"] for g in rp.find_gpus()] == list(expected)
+    found = rp.find_gpus()
+    assert [g["index"] for g in found] == list(expected)
+    if len(expected) < 2:
+        with refused(MISSING, f"CUDA_VISIBLE_DEVICES={visible!r}"):
+            rp.check_hardware(Config(num_gpus=2), found, False)
+
+
+def test_ray_is_not_shown_what_cuda_ignores(fake_nvidia_smi, monkeypatch):
+    fake_nvidia_smi(EIGHT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,-1,4")
+    assert "'2,3,-1,4'" in rp.hide_what_cuda_ignores(rp.find_gpus())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert rp.hide_what_cuda_ignores(rp.find_gpus()) == ""
+
+
+@pytest.mark.parametrize("row", ["0, GPU-1, GH200, [N/A], [N/A]", "0, GPU-1, A100, 81920, [Insufficient Permissions]"])
+def test_a_gpu_of_unknown_memory_is_taken(row, fake_nvidia_smi):
+    fake_nvidia_smi(row)
+    (gpu,) = rp.find_gpus()
+    assert gpu["index"] == "0" and gpu["free"] is None
+    rp.check_hardware(Config(num_gpus=1, tensor_parallel_size=1), [gpu], False)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("WARNING: infoROM is corrupted at gpu 0000:0A:00.0\n0, GPU-1, A100, 81920, 81000", ["0"]),
+        ("No devices were found", []),
+        ("0, GPU-1, A100, 81920, 81000\n\nWarning, this, has, five, cells", ["0"]),
+    ],
+)
+def test_lines_that_are_no_gpu_are_passed_over(text, expected, fake_nvidia_smi):
+    fake_nvidia_smi(text)
+    assert [g["index"] for g in rp.find_gpus()] == expected
+
+
+def test_no_nvidia_smi_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert rp.find_gpus() == []
+    with refused(MISSING, "nvidia-smi shows no NVIDIA GPU"):
+        rp.check_hardware(Config(), [], False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": -1},
+        {"seed": 2**32},
+        {"max_model_len": 0},
+        {"micro_batch_size": 0},
+        {"max_tokens": -5},
+        {"max_restarts": -1},
+        {"timeout": math.nan},
+        {"timeout": math.inf},
+        {"kl_coef": math.nan},
+        {"learning_rate": math.inf},
+        {"clip_range": 0.0},
+        {"logprob_tolerance": -0.1},
+        {"engine_gpu_share": 0.0},
+        {"gpu_memory_utilization": 1.0},
+        {"model": ""},
+        {"plot": " "},
+        {"stage_timeout": ""},
+        {"ray_address": ""},
+    ],
+)
+def test_every_flag_has_a_range(values):
+    (name,) = values
+    with refused(USAGE, "--" + name.replace("_", "-")):
+        cc.check_layout(Config(**values))
+
+
+def test_flags_that_exclude_each_other():
+    with refused(USAGE, "Leave --model out"):
+        cc.check_loop(Config(resume="saved", model="other"))
+    with refused(USAGE, "Leave --load-format out"):
+        cc.check_loop(Config(resume="saved", load_format="dummy"))
+
+
+def test_outputs_are_tried(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("before")
+    rp.check_outputs(Config(metrics=str(tmp_path / "file"), output_json=str(tmp_path / "new")))
+    assert (tmp_path / "file").read_text() == "before" and not (tmp_path / "new").exists()
+    with refused(USAGE, "is a folder, and must be a file"):
+        rp.check_outputs(Config(trace=str(tmp_path / "folder")))
+    with refused(USAGE, "mkdir -p"):
+        rp.check_outputs(Config(checkpoint=str(tmp_path / "none/here")))
+    rp.check_outputs(Config(metrics="/dev/null", output_json="/dev/null"))
+    with refused(USAGE, "--output-json and --metrics are both"):
+        rp.check_outputs(Config(metrics=str(tmp_path / "one"), output_json=str(tmp_path / "one")))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 2 MiB, where mounting is permitted."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mount is not permitted")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("name", ["metrics", "output_json", "plot", "trace", "checkpoint"])
+def test_a_read_only_or_full_disk_is_refused(name, small_disk):
+    config = Config(**{name: str(small_disk / "out")})
+    rp.check_outputs(config)
+    with pytest.raises(OSError), open(small_disk / "fills.it", "wb") as file:
+        for _ in range(3):
+            file.write(bytes(2**20))
+    with refused(USAGE, str(small_disk)):
+        rp.check_outputs(config)
+    (small_disk / "fills.it").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with refused(USAGE, "Read-only file system"):
+        rp.check_outputs(config)
+
+
+def test_a_checkpoint_cannot_replace_a_mount_point(small_disk):
+    with refused(USAGE, f"Try: --checkpoint {small_disk}/checkpoint"):
+        rp.check_outputs(Config(checkpoint=str(small_disk)))
+
+
+def test_the_disk_has_room_for_the_checkpoint(small_disk):
+    rp.check_room(small_disk, 2**20, "--checkpoint")
+    with refused(MISSING, f"--checkpoint takes 1.00 GiB, and {small_disk} has 0.00 GiB free"):
+        rp.check_room(small_disk, 2**30, "--checkpoint")
+    assert rp.checkpoint_bytes(Config(dtype="bfloat16"), 1_000) == 2_000 + 12 * 1_000
+    assert rp.checkpoint_bytes(Config(dtype="float32", kl_coef=0.1), 1_000) == 8_000 + 12 * 1_000
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk):
+    """It is named, in place of torch's "unexpected pos"; the checkpoint from before stays, the half one goes."""
+    torch = pytest.importorskip("torch")
+    (small_disk / "saved").mkdir()
+    (small_disk / "saved/trainer_state.pt").write_text("whole")
+
+    class Layout(rc.Colocation):
+        trainers = (None,)
+
+        def __init__(self):
+            pass
+
+        def ask(self, actors, method, folder):
+            try:
+                torch.save(torch.zeros(2**20), Path(folder) / "trainer_state.pt")
+            except RuntimeError as error:
+                raise Stop(f"training actor 0 (save): {error}") from None
+
+    with pytest.raises(Stop, match=f"the disk of {small_disk} is full") as stop:
+        Layout().save(small_disk / "saved")
+    assert "The checkpoint from before is whole" in str(stop.value)
+    assert "unexpected pos" not in str(stop.value)
+    assert [f.name for f in small_disk.iterdir()] == ["saved"]
+    assert (small_disk / "saved/trainer_state.pt").read_text() == "whole"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint's folder as far as `check_resume` looks at it; called with what is in its trainer_state.pt."""
+
+    def save(shape: int = 2, **state) -> str:
+        torch = pytest.importorskip("torch")
+        (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        torch.save(
+            {"steps": 3, "masters": [torch.zeros(shape)], "optimizer": {}} | state, tmp_path / "trainer_state.pt"
+        )
+        return str(tmp_path)
+
+    return save
+
+
+def test_a_checkpoint_is_looked_at_before_anything_starts(saved, tmp_path):
+    bf16 = {"dtype": "bfloat16"}
+    rp.check_resume(Config(resume=saved(), **bf16))
+    with refused(USAGE, "Try: --dtype bfloat16"):
+        rp.check_resume(Config(resume=str(tmp_path), dtype="float32"))
+    with refused(USAGE, "Leave --kl-coef out"):
+        rp.check_resume(Config(resume=str(tmp_path), kl_coef=0.1, **bf16))
+    rp.check_resume(Config(resume=saved(reference={}), kl_coef=0.1, **bf16))
+    with refused(USAGE, "Give the same --kl-coef again"):
+        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+    with refused(USAGE, "are not of one model"):
+        rp.check_resume(Config(resume=saved(shape=3), **bf16))
+    saved()
+    state = tmp_path / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with refused(USAGE, "trainer_state.pt or a file beside it is not whole"):
+        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+    state.unlink()
+    with refused(USAGE, "has no trainer_state.pt"):
+        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("HOME", "/proc/nohome", "HOME=/proc/nohome is not a folder that can be written"),
+        ("TMPDIR", "/tmp/" + "x" * 78, "too long for the path of a Unix socket"),
+        ("TMPDIR", "/proc", "temporary files, /proc, cannot be used"),
+    ],
+)
+def test_an_environment_that_cannot_work_is_one_line_and_exit_code_3(name, value, says, tmp_path):
+    command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--metrics", str(tmp_path / "m")]
+    env = os.environ | {name: value}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == MISSING and says in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_temporary_folder_is_refused(small_disk, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    monkeypatch.setattr(cluster, "SOCKET_PATH_BYTES", 1000)  # pytest's own folders are long
+    with refused(MISSING, "64 are needed"):
+        cluster.make_temporary_folder()
+    assert not any(small_disk.iterdir())
+
+
+def test_no_loopback_is_refused():
+    """In a network namespace of its own, where the loopback interface is down."""
+    command = [sys.executable, "-c", "from colocate import cluster; cluster.check_environment(1)"]
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted")
+    done = subprocess.run(["unshare", "-rn", *command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert "There is no loopback network" in done.stderr and "ip link set lo up" in done.stderr
+
+
+def test_too_little_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(cluster, "available_memory_mib", lambda: 3000)
+    cluster.check_environment(processes=3)
+    with refused(MISSING, "3000 MiB of memory are available, and 12 processes with vLLM need 5400"):
+        cluster.check_environment(processes=12)
 
 
 def trainer(gpu: str, torch: str = "2.13.0+cpu") -> dict:
@@ -218,17 +499,18 @@ def test_after_a_failure_the_engines_do_nothing_more():
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--max-tokens", "2000"], "type --max-model-len 2048"),
+        (["--max-tokens", "2000"], "Try: --max-model-len 2048"),
         (["--group-size", "1"], "--group-size 8"),
         (["--prompts-per-step", "1"], "--prompts-per-step 2"),
-        (["--steps", "-1"], "leave out --steps"),
-        (["--learning-rate", "-1"], "leave out --learning-rate"),
+        (["--steps", "-1"], "--steps -1 must be at least 0"),
+        (["--learning-rate", "-1"], "Leave --learning-rate out"),
         (["--resume", "nowhere"], "a folder that --checkpoint wrote"),
+        (["--resume", ""], "--resume has an empty value"),
         (["--plot", "/no/where.png"], "mkdir -p /no"),
-        (["--checkpoint-every", "5"], "type --checkpoint DIR"),
-        (["--dtype", "float16"], "type --dtype bfloat16"),
-        (["--checkpoint", "README.md"], "something else at --checkpoint"),
-        (["--checkpoint", "tests"], "something else at --checkpoint"),
+        (["--checkpoint-every", "5"], "Try: --checkpoint DIR"),
+        (["--dtype", "float16"], "Try: --dtype bfloat16"),
+        (["--checkpoint", "README.md"], "README.md holds something else"),
+        (["--checkpoint", "tests"], "tests holds something else"),
     ],
 )
 def test_a_loop_that_cannot_run_is_one_line_and_exit_code_2(arguments, says, monkeypatch):

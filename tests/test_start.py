@@ -1,0 +1,213 @@
+"""A start that hangs, is interrupted, or loses a process: one verdict, and nothing stays. Real Ray, real vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from colocate.config import FAIL, INTERRUPTED
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "rlhf_colocate.py"
+SHAPE = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 512, "hidden_size": 64}
+SHAPE |= {"word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1", "--steps", "0", "--dtype", "float32", "--load-format", "dummy")
+LONG_S = 300  # for a run of half a minute, on a machine that is busy with other things
+RAYS_OWN_S = 29  # it gives up by itself after 30
+MADE_HERE = re.compile(r"psm_|sem\.|torch_|nccl|plasma|vllm|ray")  # names in /dev/shm of Python, torch, NCCL, vLLM, Ray
+
+
+def running(mark: str) -> list[psutil.Process]:
+    """All processes that have inherited this mark in their environment, wherever they hang in the tree by now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RLHF_TEST_MARK") == mark:
+                found.append(process)
+    return found
+
+
+def unused_shared_memory() -> set[str]:
+    """Names in /dev/shm, of the kind that a run makes, which no process has mapped."""
+    mapped = ""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            mapped += Path(f"/proc/{process.pid}/maps").read_text()
+    return {name for name in os.listdir("/dev/shm") if MADE_HERE.match(name) and f"/dev/shm/{name}" not in mapped}
+
+
+class Start:
+    """A run of the script, or of dying.py, which is watched while it starts; `end` looks at what it has left."""
+
+    def __init__(self, *command: str):
+        # Short, for the sake of Ray's sockets: pytest's own are too long.
+        self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+        self.temporary = self.folder / "t"
+        self.temporary.mkdir()
+        (self.folder / "config.json").write_text(json.dumps(SHAPE))
+        self.before = unused_shared_memory()
+        self.mark = uuid.uuid4().hex
+        # Without any CUDA device the rehearsal has its logical GPUs all the same.
+        env = {"TMPDIR": str(self.temporary), "RLHF_TEST_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | env
+        command = [sys.executable, *command, *ONE, "--model", str(self.folder)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
+        self.output = ""
+
+    def wait_for_line(self, text: str) -> None:
+        while text not in self.output:
+            line = self.process.stdout.readline()
+            assert line, f"it ended without {text!r}: {self.output}"
+            self.output += line
+
+    def wait_for_process(self, name: str) -> psutil.Process:
+        """The child of this name, as soon as it is there."""
+        end = time.monotonic() + LONG_S
+        while time.monotonic() < end and self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() == name:
+                        return child
+        raise AssertionError(f"there was no {name}: {self.process.communicate()[0]}")
+
+    def end(self) -> int:
+        """Wait for the end; returns the exit code. Nothing of the run may be left."""
+        self.output += self.process.communicate(timeout=LONG_S)[0]
+        left = psutil.wait_procs(running(self.mark), timeout=5)[1]
+        assert not left, f"processes are left: {left}\n{self.output}"
+        assert unused_shared_memory() <= self.before, self.output
+        files = [file for file in self.temporary.iterdir() if not file.name.startswith("torchinductor_")]
+        assert not files, f"files are left: {files}\n{self.output}"
+        return self.process.returncode
+
+    @property
+    def start_seconds(self) -> float:
+        """How long the stage took, by the table that ends the output."""
+        return float(re.search(r"^ +start +([\d.]+)", self.output, re.MULTILINE)[1])
+
+    @property
+    def verdict(self) -> str:
+        return self.output.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def start():
+    """Start(...); whatever happens, its processes and its folder are gone afterwards."""
+    starts = []
+
+    def begin(*command: str) -> Start:
+        starts.append(Start(*command))
+        return starts[-1]
+
+    yield begin
+    for one in starts:
+        for process in running(one.mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        one.process.wait()
+        shutil.rmtree(one.folder)
+
+
+TREE = """
+import subprocess, sys, time
+from colocate.watch import adopt_orphans, children, end_children
+
+def sh(text):
+    process = subprocess.Popen(["sh", "-c", f"({text}) >/dev/null\\necho; sleep 600"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+adopt_orphans()
+mine = sh("sleep 600 &")
+besides = frozenset(children())
+sh("sleep 600 & sleep 600 &")  # the brackets' shell ends: these two are orphans
+found = children(besides)
+end_children(60, besides)
+print(len(found), children(besides), mine.poll(), len(children()))
+for process in children():
+    process.kill()
+"""
+
+
+def test_all_children_end_orphans_too_but_those_that_are_not_ours():
+    command = [sys.executable, "-c", TREE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, cwd=HERE.parent)
+    assert done.stdout.strip() == "4 [] None 3", done.stdout + done.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_ray_that_hangs_ends_at_the_stages_deadline(start, name):
+    run = start(str(SCRIPT), "--stage-timeout", "start=10")
+    process = run.wait_for_process(name)
+    process.suspend()
+    assert run.end() == FAIL, run.output
+    assert run.verdict.startswith("FAIL: Ray did not start within 10 s"), run.output
+    assert f"{name} (pid {process.pid}) is stopped" in run.verdict
+    assert "--stage-timeout start=20" in run.verdict and "Traceback" not in run.output
+    assert run.start_seconds < RAYS_OWN_S
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "number, until",
+    [
+        (signal.SIGTERM, None),  # at once: Ray is being imported
+        (signal.SIGINT, "gcs_server"),
+        (signal.SIGHUP, "raylet"),
+    ],
+)
+def test_a_signal_while_ray_starts_is_heard(start, number, until):
+    run = start(str(SCRIPT))
+    run.wait_for_line("[preflight]")
+    if until:
+        run.wait_for_process(until)
+    run.process.send_signal(number)
+    assert run.end() == INTERRUPTED, run.output
+    assert run.verdict == "FAIL: interrupted" and "Traceback" not in run.output
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_signal_is_heard_while_ray_hangs(start, name):
+    run = start(str(SCRIPT))
+    run.wait_for_process(name).suspend()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == INTERRUPTED, run.output
+    assert run.verdict == "FAIL: interrupted"
+    assert run.start_seconds < RAYS_OWN_S
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "who, when, how, says",
+    [
+        ("trainer", "import", "raise", "training actor 0 .*on purpose: trainer import"),
+        ("trainer", "loaded", "kill", "lost training actor 0"),
+        ("engine", "start", "kill", "lost engine 0"),
+        ("worker", "import", "kill", "lost engine 0"),
+        ("worker", "load_model", "raise", "engine 0 .*on purpose: worker load_model"),
+        ("worker", "compile_or_warm_up_model", "kill", "lost engine 0"),
+        ("worker", "report_device_id", "kill", "lost engine 0"),
+        ("engine", "started", "kill", "lost engine 0"),
+    ],
+)
+def test_a_part_that_fails_in_its_start_leaves_nothing(start, who, when, how, says):
+    run = start(str(HERE / "dying.py"), who, when, how)
+    assert run.end() == FAIL, run.output
+    assert re.search(f"^FAIL: .*{says}", run.verdict), run.output
+    assert "Traceback" not in run.output
