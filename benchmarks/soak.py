@@ -6,10 +6,10 @@ Ray's own.
 python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
 
 Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
-GPU memory in use on all GPUs; bytes of their files in /dev/shm. Reported for each: its slope per push or per step, with the 95 %
-confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far enough
-apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes
-and of the steps is warm-up: pools and caches grow to their size.
+GPU memory in use on all GPUs; bytes of their files in /dev/shm. Reported for each: its slope per push or per step, with
+the 95 % confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far
+enough apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the
+pushes and of the steps is warm-up: pools and caches grow to their size.
 """
 
 from __future__ import annotations
