@@ -22,9 +22,17 @@ def check_version(release: str) -> None:
     """End with one line if there are no wheels for this release of Python, like "3.10"."""
     if release in RELEASES:
         return
-    found = [name for name in map("python{}".format, RELEASES) if shutil.which(name)]
+    found = [name for name in map("python{}".format, RELEASES) if runs(name)]
     fix = f"make PYTHON={found[-1]}" if found else "make PYTHON=/path/to/python3.12, once you have one"
     sys.exit(f"{sys.executable} is Python {release}; the requirements are for {', '.join(RELEASES)}. Try: {fix}")
+
+
+def runs(command: str) -> bool:
+    """Whether it is there and starts: pyenv has stand-ins on PATH for releases that are not chosen."""
+    if not shutil.which(command):
+        return False
+    done = subprocess.run([command, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return done.returncode == 0
 
 
 def check_venv(release: str) -> None:
