@@ -139,8 +139,12 @@ class Live:
         resource_tracker.ensure_running()  # for all processes to come, so that it is none of the layout's
         spawn = multiprocessing.get_context("spawn")
         self.pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
-        with mock.patch.dict(os.environ, self.traces.env):  # for the child
-            self.report = self._wait(_start, self.arguments)
+        try:
+            with mock.patch.dict(os.environ, self.traces.env):  # for the process, which begins now
+                self.report = self._wait(_start, self.arguments)
+        except Exception:
+            self._kill()
+            raise
 
     def __call__(self, function: Callable, *args):
         """function(layout, *args), of a test's module, in the layout's process. Its result, or its exception."""
@@ -164,11 +168,16 @@ class Live:
             require_nothing_left(self.traces)
 
     def _wait(self, function: Callable, *args):
-        """The one way into the process. Whatever goes wrong in there, a late answer too, is told; nothing hangs."""
+        """What a function returns or raises in there. A layout that is late or not healed is killed: nothing hangs."""
         try:
             return self.pool.submit(function, *args).result(deadline(300))
         except (TimeoutError, concurrent.futures.BrokenExecutor, NotHealed):
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        if self.pool:
             self.traces.end()
             self.pool.shutdown()
             self.pool = None
-            raise
+            self.traces.left(deadline(10))

@@ -12,8 +12,10 @@ from running import LONG, ROOT, TINY, deadline, patience, shape
 from benchmarks.drills import DRILLS, FLAGS, runs
 
 pytestmark = pytest.mark.e2e
-# These have a run of their own, and what they show is asked of the shared layout in test_live.py.
-LIVE = {
+# What these show is tested elsewhere at less cost: the first in "kill-worker-twice", which begins as it does; the
+# others in test_live.py, where they need no run of their own.
+ELSEWHERE = {
+    "kill-worker-idle",
     "kill-raylet",
     "stale-handle",
     "no-restarts",
@@ -23,7 +25,7 @@ LIVE = {
     "drifted-replicas",
     "corrupt-handle",
 }
-RUNS = runs(name for name, drill in DRILLS.items() if not drill.gpu and name not in LIVE)
+RUNS = runs(name for name, drill in DRILLS.items() if not drill.gpu and name not in ELSEWHERE)
 
 
 def can_mount() -> bool:

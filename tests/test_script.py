@@ -69,7 +69,7 @@ def test_an_injected_fault_fails_the_run(tmp_path):
 
 def test_a_signal_to_all_processes_leaves_nothing(tmp_path):
     """As `timeout` and Slurm send it, so that Ray's own processes end, too."""
-    options = [*shape(tmp_path, **TINY), *QUICK, "--num-gpus", "2", "--max-tokens", "8", "--steps", "1000"]
+    options = [*shape(tmp_path, **TINY), *ONE, *QUICK, "--max-tokens", "8", "--steps", "1000"]
     run = Run(
         tmp_path, *options, interrupt_at=r"\[step\]", interrupt=lambda pid: os.killpg(pid, signal.SIGTERM), seconds=300
     )
