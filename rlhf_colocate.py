@@ -534,6 +534,7 @@ class Colocation:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # else 15: beside a busy program, actors would get a twentieth of a core
             "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # those of actors that are given up are nobody's business
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
