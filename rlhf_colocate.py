@@ -525,6 +525,7 @@ class Colocation:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # else 15: beside a busy program, actors would get a twentieth of a core
             "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # those of actors that are given up are nobody's business
             "HF_HUB_OFFLINE": "1",  # the model is a folder by now
         }
@@ -533,8 +534,8 @@ class Colocation:
             threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
-            # See rlhf_utils.preload_engine_process.
-            env["RLHF_COLOCATE_AVX2"] = "1" if self.model_config.get("attn_logit_softcapping") else ""
+            if self.model_config.get("attn_logit_softcapping"):
+                env["RLHF_COLOCATE_AVX2"] = "1"  # see rlhf_utils.preload_engine_process
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if self.cluster.address:
             options["runtime_env"] = {

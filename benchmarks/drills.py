@@ -22,12 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from traces import Traces  # noqa: E402
 
 import rlhf_colocate as rc  # noqa: E402
 import rlhf_utils  # noqa: E402
@@ -37,7 +38,8 @@ from rlhf_faults import half_started  # noqa: E402
 
 TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
 ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")
-DEADLINE_S, ROLLOUT_DEADLINE_S = 4, 20  # of a push and of a rollout, where a drill sets them
+PATIENCE = float(os.environ.get("RLHF_DRILLS_PATIENCE", "1"))  # --patience, in the script's processes
+DEADLINE_S, ROLLOUT_DEADLINE_S = 4, 20  # of a push and of a rollout, where a drill sets them; times --patience
 BUSY_S = 15  # longer than a recovery's patience with those who may be stuck
 RUN_LIMIT_S = 590
 FILLER = "/dev/shm/drill"
@@ -55,7 +57,6 @@ class Drill:
     run: str = ""  # drills of one run share its name; "": it has a run of its own
     code: int = PASS
     gpu: bool = False
-    deadline_s: int = 0  # after which the message may come; 0: at once, which is within 10 s
 
 
 LOST = r"\[lost\] .*"
@@ -102,19 +103,17 @@ DRILLS = {
         fault="SIGSTOP to the engine's last rank before a push",
         expected=f"named at the deadline ({DEADLINE_S} s), and the engine is rebuilt",
         moment="push",
-        says=LOST + f"no answer from engine 0 within {DEADLINE_S} s: {STOPPED}",
+        says=LOST + rf"no answer from engine 0 within [\d.]+ s: {STOPPED}",
         then=REBUILT,
         run="survive",
-        deadline_s=DEADLINE_S,
     ),
     "stop-worker-rollout": Drill(
         fault="SIGSTOP to the engine's last rank while it generates",
         expected=f"named at the deadline ({ROLLOUT_DEADLINE_S} s), and the engine is rebuilt",
         moment="rollout",
-        says=LOST + f"no answer from engine 0 within {ROLLOUT_DEADLINE_S} s: {STOPPED}",
+        says=LOST + rf"no answer from engine 0 within [\d.]+ s: {STOPPED}",
         then=REBUILT,
         run="survive",
-        deadline_s=ROLLOUT_DEADLINE_S,
     ),
     "kill-trainer-idle": Drill(
         fault="SIGKILL to training actor 1 between two steps",
@@ -153,20 +152,22 @@ DRILLS = {
         says=r"refused: engine 0 \(generate\): RuntimeError: found the engine with no whole push in it",
         run="survive",
     ),
-    # Each of the others has a run of its own, which most of them end.
+    # Another one with two trainers and two engines of one rank each, and without a checkpoint.
     "kill-one-engine": Drill(
         fault="SIGKILL to the worker of one of two engines before a push",
         expected="that engine is rebuilt, the other stays, and everything is pushed to both",
         moment="push",
         says=LOST + r"push_weights: lost engine 1: engine 1 rank 0 " + ENDED,
         then=r"\[lost\] rebuilding engine 1$",
+        run="no-checkpoint",
     ),
     "kill-worker-busy": Drill(
-        fault=f"SIGKILL to the engine's worker while the trainer is busy for {BUSY_S} s, without a checkpoint",
-        expected="only the engine is rebuilt: the trainer is waited for",
+        fault=f"SIGKILL to an engine's worker while a trainer is busy for {BUSY_S} s, without a checkpoint",
+        expected="only the engine is rebuilt: the trainers are waited for",
         moment="learn",
         says=LOST + "learn: lost engine 0: engine 0 rank 0 " + ENDED,
         then=REBUILT,
+        run="no-checkpoint",
     ),
     "kill-trainer-twice": Drill(
         fault="SIGKILL to training actor 1, and to training actor 0 while both are rebuilt, without a checkpoint",
@@ -174,14 +175,17 @@ DRILLS = {
         moment="build_learners",
         says=LOST + "lost training actor 0: training actor 0 " + ENDED,
         then=r"\[lost\] all training actors start again from the checkpoint saved-before$",
+        run="no-checkpoint",
     ),
     "kill-worker-twice": Drill(
-        fault="SIGKILL to the engine's worker, and to the one that starts in its place",
+        fault="SIGKILL to an engine's worker, and to the one that starts in its place",
         expected="the engine is rebuilt once more",
         moment="rebuild_engines",
         says=LOST + "start: lost engine 0: engine 0",
         then=REBUILT,
+        run="no-checkpoint",
     ),
+    # Each of the others has a run of its own, which most of them end.
     "kill-gcs": Drill(
         fault="SIGKILL to Ray's gcs_server, which keeps its state",
         expected="the run says so, and ends",
@@ -275,14 +279,12 @@ DRILLS = {
     ),
 }
 # What the script is started with, by run; {tmp} is a folder of the run's own.
-DEADLINES = ("--stage-timeout", f"push={DEADLINE_S},rollout={ROLLOUT_DEADLINE_S}")
+DEADLINES = ("--stage-timeout", "push={push_s:g},rollout={rollout_s:g}")
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
     "survive": [*TWO, "--steps", "13", "--max-restarts", "10", *CHECKPOINT, *DEADLINES],
-    "kill-worker-twice": [*ONE, "--steps", "3", "--max-restarts", "2"],
-    "kill-one-engine": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "3"],
+    "no-checkpoint": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "6", "--max-restarts", "10"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
-    "kill-trainer-twice": [*TWO, "--steps", "3", "--max-restarts", "2"],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
     "drifted-replicas": [*TWO, "--steps", "2"],
@@ -297,13 +299,13 @@ FLAGS = {
 
 class DrilledWorker(rlhf_utils.ColocateWorkerExtension):
     def disturb_push(self, kind: str) -> None:
-        """Let the last rank's next push wait for two seconds, or fail."""
+        """Let the last rank's next push wait for two seconds (times --patience), or fail."""
         self._disturbance = kind if self.rank == self.parallel_config.tensor_parallel_size - 1 else ""
 
     def push_weights(self, version: int) -> dict:
         kind, self._disturbance = getattr(self, "_disturbance", ""), ""
         if kind == "wait":
-            time.sleep(2)
+            time.sleep(2 * PATIENCE)
         if kind == "fail":
             raise RuntimeError("the drill's error")
         return super().push_weights(version)
@@ -459,14 +461,19 @@ class Drilled(rc.Colocation):
     def handles(self) -> dict[str, dict]:
         messages = super().handles()
         if self.strikes("handles"):
-            for message in messages.values():
-                for storage in message["storages"]:
-                    if "path" in storage:
-                        storage["path"] = storage["path"].replace("fd/", "fd/9")
-                    if "handle" in storage:
-                        storage["handle"] = bytes(b ^ 0x5A for b in storage["handle"])
-                message["checksum"] = rlhf_utils.checksum(message)
+            damage(messages)
         return messages
+
+
+def damage(messages: dict[str, dict]) -> None:
+    """Change the bytes of all handles, under a checksum that fits."""
+    for message in messages.values():
+        for storage in message["storages"]:
+            if "path" in storage:
+                storage["path"] = storage["path"].replace("fd/", "fd/9")
+            if "handle" in storage:
+                storage["handle"] = bytes(b ^ 0x5A for b in storage["handle"])
+        message["checksum"] = rlhf_utils.checksum(message)
 
 
 def fill(path: str) -> None:
@@ -496,26 +503,14 @@ def gpu_used_mib() -> float:
     return sum(gpu["total"] - gpu["free"] for gpu in find_gpus())
 
 
-def processes_with(mark: str) -> list[str]:
-    """Command lines of living processes that inherited the mark in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
-def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
-    """One run with these drills. Returns a row for each, and the script's own report."""
-    mark, shm, gpu = uuid.uuid4().hex, set(os.listdir("/dev/shm")), gpu_used_mib()
+def play(names: list[str], flags: list[str], patience: float) -> tuple[list[dict], dict]:
+    """One run with these drills, its deadlines times `patience`. Returns a row for each, and the script's report."""
+    traces, gpu = Traces(), gpu_used_mib()
     lines: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory(prefix="drill-") as tmp:
-        folder, report = Path(tmp) / "temporary", Path(tmp) / "report.json"
-        folder.mkdir()
-        flags = [f.format(tmp=tmp) for f in flags]
+        report = Path(tmp) / "report.json"
+        limits = {"push_s": patience * DEADLINE_S, "rollout_s": patience * ROLLOUT_DEADLINE_S}
+        flags = [f.format(tmp=tmp, **limits) for f in flags]
         command = [sys.executable, __file__, "--play", *flags, "--output-json", str(report)]
         inside = Path(tmp) / "shm"
         if names[0].startswith("full-shm"):  # a /dev/shm of its own, which only its own processes can list
@@ -524,11 +519,11 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
             steps = f'{mount}; "$@"; code=$?; rm -f {FILLER}; ls -A /dev/shm > {inside}; exit $code'
             command = ["unshare", "--mount", "sh", "-c", steps, "sh", *command]
         path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        env = os.environ | {"RLHF_DRILLS": ",".join(names), "RLHF_DRILL_MARK": mark, "PYTHONPATH": path}
-        env["TMPDIR"] = str(folder)
+        env = os.environ | {"RLHF_DRILLS": ",".join(names), "PYTHONPATH": path} | traces.env
+        env["RLHF_DRILLS_PATIENCE"] = f"{patience:g}"
         start, options = time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, env=env, start_new_session=True, **options) as process:
-            alarm = threading.Timer(RUN_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
+            alarm = threading.Timer(patience * RUN_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
             alarm.start()
             try:
                 for line in process.stdout:
@@ -541,13 +536,12 @@ def play(names: list[str], flags: list[str]) -> tuple[list[dict], dict]:
                 code = process.wait()
                 alarm.cancel()
         seconds = time.monotonic() - start
-        time.sleep(1)
-        temporary = [f for f in os.listdir(folder) if not re.match("ray$|torchinductor_", f)]
+        left = traces.left(patience * 10)
         done = json.loads(report.read_text()) if report.exists() else {}
         weights = done["steps"][-1]["weights"] if done.get("steps") else None  # their digest, after the last step
-        files = sorted(set(os.listdir("/dev/shm")) - shm) + (inside.read_text().split() if inside.exists() else [])
-    left = {"processes": processes_with(mark), "/dev/shm": files}
-    left |= {"temporary files": temporary, "GPU MiB": max(0, gpu_used_mib() - gpu)}
+        if inside.exists():
+            left["/dev/shm"] += inside.read_text().split()
+    left["GPU MiB"] = max(0, gpu_used_mib() - gpu)
     common = {"exit_code": code, "left_behind": left, "run_s": round(seconds, 1), "weights": weights}
     return [outcome(name, lines, start, done.get("losses", []), common) for name in names], done
 
@@ -576,6 +570,7 @@ def main() -> int:
     usage, text = "%(prog)s [NAME ...] [--output FILE] [flags of rlhf_colocate.py]", f"{__doc__}\ndrills:\n{drills}"
     parser = argparse.ArgumentParser(usage=usage, description=text, formatter_class=formatter)
     parser.add_argument("--output", help="write the rows to this JSON file")
+    parser.add_argument("--patience", type=float, default=1, help="stretch all deadlines by this factor (default: 1)")
     chosen = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))  # none: all that can be done here
     args, flags = parser.parse_known_args(sys.argv[1 + len(chosen) :])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
@@ -584,7 +579,7 @@ def main() -> int:
     rows, report = [], {}
     for run, names in runs(chosen or [n for n in DRILLS if not DRILLS[n].gpu or find_gpus()]).items():
         print(f"{run}: {', '.join(names)}", flush=True)
-        new, done = play(names, [*FLAGS.get(run, [*ONE, "--steps", "3"]), *flags])
+        new, done = play(names, [*FLAGS.get(run, [*ONE, "--steps", "3"]), *flags], args.patience)
         report |= {k: done[k] for k in ("versions", "hardware") if done.get(k)}
         rows += new
         for row in new:

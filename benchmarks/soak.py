@@ -6,10 +6,10 @@ Ray's own.
 python benchmarks/soak.py --pushes 1000 --loop-steps 50 --output results/soak.json --num-gpus 2 [flags of the script]
 
 Samples: resident memory, file descriptors and threads of the driver and of all trainers, engines and workers, by kind;
-GPU memory in use on all GPUs; bytes in /dev/shm. Reported for each: its slope per push or per step, with the 95 %
-confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far enough
-apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the pushes
-and of the steps is warm-up: pools and caches grow to their size.
+GPU memory in use on all GPUs; bytes of their files in /dev/shm. Reported for each: its slope per push or per step, with
+the 95 % confidence interval. The slope is the least-squares line through the means of ten equal batches, which are far
+enough apart to be taken as independent (batch means; t-distribution with 8 degrees of freedom). The first tenth of the
+pushes and of the steps is warm-up: pools and caches grow to their size.
 """
 
 from __future__ import annotations
@@ -57,8 +57,16 @@ class Sampled(rc.Colocation):
             for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
                 found[f"{kind} {unit}"] = found.get(f"{kind} {unit}", 0) + number
         used = self.on_workers("gpu_used_bytes")
-        shm = os.statvfs("/dev/shm")
-        return found | {"GPU bytes": sum(used), "/dev/shm bytes": (shm.f_blocks - shm.f_bfree) * shm.f_frsize}
+        return found | {"GPU bytes": sum(used), "/dev/shm bytes": self.shared_memory_bytes()}
+
+    def shared_memory_bytes(self) -> int:
+        """Of all files in /dev/shm that the layout's processes have, or had, mapped: other programs use it, too."""
+        self.watch.note_files()
+        total = 0
+        for name in set().union(*self.watch.files.values()):
+            with contextlib.suppress(FileNotFoundError):
+                total += 512 * os.stat(f"/dev/shm/{name}").st_blocks
+        return total
 
     def sample(self) -> None:
         for name, number in self.held().items():

@@ -34,12 +34,6 @@ class Stop(Exception):
         self.code = code
 
 
-def require(ok: bool, found: str, needed: str, fix: str, code: int = USAGE) -> None:
-    """Raise Stop unless ok. Every message has the same three parts, the last one ready to type."""
-    if not ok:
-        raise Stop(f"found {found}; needed {needed}; {fix}", code)
-
-
 def refuse_unless(ok: bool, message: str, code: int = USAGE) -> None:
     """Raise Stop(message, code) unless ok. The message says what was found, what is needed, and what to type."""
     if not ok:

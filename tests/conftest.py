@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from make_smollm2 import PACKAGE, gguf_file
+from running import LONG, TINY, Run, deadline, patience, shape
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,6 +23,15 @@ def gpu_count() -> int:
     found = sum(line.startswith("GPU ") for line in listed.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+
+
+def pytest_report_header() -> str:
+    return f"deadlines: {patience():.1f} times those of an idle machine"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is quick comes first, then the layout that tests share, which ends before other runs start."""
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is not None, "live" not in item.fixturenames))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -39,6 +49,51 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2")
     # In a process of its own: pytest itself never imports torch.
     command = [sys.executable, str(HERE / "make_smollm2.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
     assert done.returncode == 0, done.stderr[-4000:]
     return out
+
+
+KEEPS = """
+import shutil
+import sys
+import rlhf_colocate as rc
+
+class Keeps(rc.Colocation):
+    def save(self, folder, by=0):
+        super().save(folder, by)
+        half = folder.with_name("half")
+        if not half.exists():
+            shutil.copytree(folder, half)
+
+rc.Colocation = Keeps
+sys.exit(rc.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path, Path]:
+    """A run of thirteen steps: (their rows, the checkpoint after the twelfth, the one after the last)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    keeps, half, whole = folder / "keeps.py", folder / "half", folder / "whole"
+    keeps.write_text(KEEPS)
+    checkpoints = ["--checkpoint", str(whole), "--checkpoint-every", "12"]
+    steps = Run(folder, *LONG, *shape(folder, **TINY), *checkpoints, script=keeps).passed()["steps"]
+    return steps, half, whole
+
+
+@pytest.fixture(scope="session")
+def live_layout(tmp_path_factory: pytest.TempPathFactory):
+    """The layout that tests share, see live.py."""
+    from live import Live  # not above: it imports the script
+
+    layout = Live(tmp_path_factory.mktemp("live"))
+    yield layout
+    layout.close()
+
+
+@pytest.fixture
+def live(live_layout):
+    """The same, running and as it was found."""
+    live_layout.start()
+    return live_layout

@@ -6,16 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_script import shape
+from running import ROOT, TINY, deadline, shape
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
 
 
 def report(tmp_path: Path, script: str, *options: str) -> dict:
     output = tmp_path / "report.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(output.read_text())
 
@@ -32,7 +31,7 @@ def test_push_benchmark(tmp_path):
 
 def test_nothing_is_used_up(tmp_path):
     """Not memory: its slope over so few pushes is noise. results/soak-*.json have the long runs."""
-    model = shape(tmp_path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_key_value_heads=2)
+    model = [*shape(tmp_path, **TINY), "--dtype", "float32"]
     counts = ["--pushes", "200", "--loop-steps", "10", "--num-gpus", "2"]
     found = report(tmp_path, "soak.py", *counts, *model, "--max-tokens", "8")
     for kind, count in (("calls", 200), ("pushes", 200), ("steps", 10)):

@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from running import deadline, eventually
 
 import rlhf_colocate as rc
 from benchmarks.soak import slope
@@ -33,7 +33,7 @@ def test_a_wrong_stage_timeout_is_refused(text):
 
 @pytest.fixture
 def sleeper():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         yield process
         process.kill()
 
@@ -43,12 +43,10 @@ def test_the_watch_tells_who_is_stopped_and_who_has_ended(sleeper):
     watch.add([(part, "engine 0 rank 1", sleeper.pid, "GPU-x"), (part, "engine 0 rank 2", os.getppid(), "GPU-y")])
     assert not watch.ended()
     sleeper.send_signal(signal.SIGSTOP)
-    time.sleep(0.2)
     stopped = f"engine 0 rank 1 (pid {sleeper.pid} on GPU-x) is stopped"
-    assert watch.describe({part}) == stopped and not watch.ended()
+    assert eventually(lambda: watch.describe({part}) == stopped) and not watch.ended()
     sleeper.kill()
-    time.sleep(0.2)
-    assert watch.ended() == {part}
+    assert eventually(lambda: watch.ended() == {part})
     assert watch.describe({part}) == stopped.replace("is stopped", "has ended")
     watch.drop(part)
     assert not watch.ended() and watch.describe({part}) == "engine 0"
@@ -71,7 +69,7 @@ def test_only_what_a_run_has_made_is_removed_from_dev_shm():
         with subprocess.Popen([sys.executable, "-c", child, *files], **pipes) as process:
             assert process.stdout.readline() == "3\n"
             assert watch.shared_memory_files(process.pid) == {after.name}
-            process.communicate("\n", timeout=30)
+            process.communicate("\n", timeout=deadline(30))
         remove({after.name, "was-never-there"})
         assert before.exists() and folder.exists() and not after.exists()
     finally:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import deadline
 
 torch = pytest.importorskip("torch")
 
@@ -145,7 +146,7 @@ def test_three_replicas_do_what_one_process_does_with_the_whole_batch(tmp_path):
     args = [str(tmp_path / "store"), str(tmp_path)]
     commands = [[sys.executable, "-c", script, str(rank), *args] for rank in range(3)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    outputs = [p.communicate(timeout=120) for p in running]
+    outputs = [p.communicate(timeout=deadline(120)) for p in running]
     assert not any(p.returncode for p in running), outputs
     numbers = [json.loads(out) for out, _ in outputs]
     found, it = samples(), learner()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import deadline
 
 import rlhf_utils
 from rlhf_utils import HandleError, Layout, Region, check_message, checksum, digest, export_handles, open_handles
@@ -88,7 +89,7 @@ def test_round_trip_to_another_process_is_zero_copy(module):
         child.stdin.write("\n")
         child.stdin.flush()
         second = eval(child.stdout.readline())
-        child.communicate("\n", timeout=60)
+        child.communicate("\n", timeout=deadline(60))
     changed = {n for n in first if first[n] != second[n]}
     assert changed == {"matrix", "transposed", "columns"}
     assert second["matrix"][0] == digest(module.matrix)
@@ -140,7 +141,9 @@ def test_handles_of_a_trainer_that_has_ended_are_refused():
     export = "import torch, rlhf_utils as u; m = torch.nn.Linear(4, 4); u.share_memory(m.parameters()); "
     export += "print(u.export_handles(m.named_parameters()))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    message = ast.literal_eval(subprocess.check_output([sys.executable, "-c", export], text=True, env=env, timeout=60))
+    message = ast.literal_eval(
+        subprocess.check_output([sys.executable, "-c", export], text=True, env=env, timeout=deadline(60))
+    )
     with pytest.raises(HandleError, match="has the trainer ended"), open_handles(message, CPU):
         pass
 
