@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 |= {"RLHF_COLOCATE_AVX2": "1"}  # vLLM asks the CPU by itself
 ASK = "import platform, torch; print(torch.backends.cpu.get_cpu_capability(), platform.python_version())"
 
 
