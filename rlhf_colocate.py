@@ -943,7 +943,7 @@ class Colocation:
             if self.group and self.cluster.address:  # the next user of this cluster wants the GPUs
                 ray.util.remove_placement_group(self.group)
             self.watch.note_files()
-            self.cluster.stop(set().union(*self.watch.files.values()))
+            self.cluster.stop(self.watch.all_files())
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -1220,7 +1220,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
         row = {"step": step, "version": version, "reward": sum(rewards) / len(rewards), **metrics, "tokens": tokens}
         row |= {"tokens_per_s": tokens / seconds["rollout"], "push_ms": push["wall_ms"], "gpu_used_gib": memory}
         row |= {"seconds": dict(seconds), "best": best["completion"]}
-        rows.append(row | {"weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]})
+        rows.append(row | {"weights": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]})
         log("step", describe_step(row, last))
         note(rows[-1])
         step += 1

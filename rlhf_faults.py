@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from colocate.config import FAIL, STAGES, Stop
 from colocate.preflight import check_shared_memory
-from colocate.watch import kill, remove, shared_memory_files
+from colocate.watch import children, kill, remove, shared_memory_files
 
 if TYPE_CHECKING:
     import psutil
@@ -89,6 +89,7 @@ class Watch:
         self.ray: list[Member] = []
         self.replacing: set[Part] = set()  # ended by `bury`; whoever takes their place is not ready yet
         self.files: dict[Part, set[str]] = {}  # in /dev/shm, noted early: the dead cannot name theirs any more
+        self.loose: set[str] = set()  # the same, of processes that had not reported yet
         self.others = set(os.listdir("/dev/shm"))  # what was there before
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
@@ -111,6 +112,14 @@ class Watch:
         for member in self.members:
             if member.process:
                 self.files.setdefault(member.part, set()).update(self.shared_memory_files(member.pid))
+
+    def note_files_of_children(self) -> None:
+        """The same for all processes, while they start and no part has reported its own."""
+        for process in children():
+            self.loose.update(self.shared_memory_files(process.pid))
+
+    def all_files(self) -> set[str]:
+        return self.loose.union(*self.files.values())
 
     def drop(self, part: Part) -> None:
         self.replacing.add(part)
@@ -158,6 +167,8 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
                 return ray.get(refs, timeout=max(0.0, min(1.0, deadline - time.monotonic())))
             except ray.exceptions.GetTimeoutError:
                 watch.require_ray()
+                if stage in ("start", "recover"):
+                    watch.note_files_of_children()
                 if watch.ended() or time.monotonic() >= deadline:
                     break
                 busy = {part for part, ref in zip(parts, refs, strict=True) if not ray.wait([ref], timeout=0)[0]}

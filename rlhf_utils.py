@@ -406,8 +406,7 @@ def _names_in_checkpoint(model: torch.nn.Module, names: set[str]) -> dict[str, s
     renamed = {name: name for name in names}
     for prefix, module in model.named_modules():
         if mapper := getattr(module, "hf_to_vllm_mapper", None):
-            # Without the fusing of layers; older versions of vLLM keep that elsewhere.
-            rename = getattr(mapper, "get_rename_mapper", lambda mapper=mapper: mapper)()._map_name
+            rename = replace(mapper, orig_to_new_stacked={})._map_name  # without the fusing of layers
             start = f"{prefix}." if prefix else ""
             for name, now in renamed.items():
                 if now.startswith(start):

@@ -259,14 +259,14 @@ DRILLS = {
         fault="a /dev/shm of 100 MiB",
         expected="refused before anything starts, with what to type",
         moment="",
-        says=r"error: found \d+ MiB free in /dev/shm; needed .*; type mount",
+        says=r"error: /dev/shm has \d+ MiB free, .* Try: mount",
         code=MISSING,
     ),
     "full-shm": Drill(
         fault="/dev/shm fills up between two steps",
         expected="the engine dies of it, its queues being there; the run says what it needs to rebuild it, and ends",
         moment="rollout",
-        says=r"FAIL: found \d+ MiB free in /dev/shm; needed .*; type mount",
+        says=r"FAIL: /dev/shm has \d+ MiB free, .* Try: mount",
         code=FAIL,
     ),
     "oom-wake": Drill(

@@ -123,6 +123,12 @@ def available_memory_mib() -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def hear_signals_again() -> None:
+    """Give Python's handlers their signals back: Ray's C++ part takes SIGTERM for itself, and would end the script."""
+    for s in ENDING:
+        signal.signal(s, signal.getsignal(s))
+
+
 class Cluster:
     """Ray, private or at an address. `start` it once, `stop` it once; what was private is gone then, files and all."""
 
@@ -142,7 +148,7 @@ class Cluster:
         address; KeyboardInterrupt at once. Nothing is left of it then.
 
         ray.init runs in a thread, so that the main thread, which alone hears signals, can give up a start that hangs.
-        And Ray does not put its own SIGTERM handler over the script's: it does that in the main thread only.
+        Ray's Python part then leaves SIGTERM alone, which it takes in the main thread only; see hear_signals_again.
         """
         end, seconds = deadline
         self.not_ours = frozenset(children())
@@ -151,10 +157,12 @@ class Cluster:
         self.thread = threading.Thread(target=self._hold_ray, args=(options,), name="ray", daemon=True)
         try:
             self.thread.start()
-            while not self.started.wait(0.1):
+            while not self.started.wait(0.05):
+                hear_signals_again()
                 if time.monotonic() >= end:
                     found = f"Ray did not start within {seconds:g} s{stopped_processes()}"
                     raise Stop(f"{found}. To wait longer: {to_wait_longer}")
+            hear_signals_again()
             if self.error and self.address:
                 fix = "Try: ray start --head, export RAY_AUTH_MODE=token if it wants one, or leave out --ray-address"
                 raise Stop(f"There is no Ray cluster at {self.address!r} ({first_line(self.error)}). {fix}", MISSING)

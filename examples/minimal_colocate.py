@@ -16,7 +16,6 @@ rlhf_colocate.py adds GRPO, sleep while training, more checks, deadlines, recove
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -100,11 +99,8 @@ class Engine:
         (output,) = self.llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    def shutdown(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()  # else its workers leave files in /dev/shm
 
 
 def main() -> int:
@@ -116,10 +112,7 @@ def main() -> int:
     n, tp = args.num_gpus, args.tensor_parallel_size
     if n % tp:
         parser.error(f"--tensor-parallel-size {tp} does not divide --num-gpus {n}")
-
-    import torch
-
-    cuda = bool(torch.version.cuda)
+    cuda = bool(rlhf_utils.torch.version.cuda)
     path = os.pathsep.join([str(Path(rlhf_utils.__file__).parent), os.environ.get("PYTHONPATH", "")])
     # vLLM's workers import rlhf_utils, from any folder. Ray must not hide GPUs from them: vLLM chooses by itself.
     engine_env = {
@@ -163,14 +156,15 @@ def main() -> int:
         "worker_extension_cls": "rlhf_utils.ColocateWorkerExtension",
         "max_model_len": 256,
         "enforce_eager": True,
-        **({"gpu_memory_utilization": 0.4} if cuda else {"kv_cache_memory_bytes": 2**26}),
+        "gpu_memory_utilization": 0.4,
+        "kv_cache_memory_bytes": None if cuda else 2**26,
     }
     engines, kind = [], ray.remote(Engine)
     for first in range(0, n, tp):  # its workers go into the placement group, too
         where = on_bundle(first, placement_group_capture_child_tasks=True)
         bundles = list(range(first, first + tp))
         actor = kind.options(num_cpus=0, num_gpus=0, scheduling_strategy=where)
-        engines.append(actor.remote(bundles, free_port(), **engine_args))
+        engines.append(actor.remote(bundles, 20_000 + 200 * first, **engine_args))
     engine_gpus = [worker["gpu"] for workers in ask(engines, "call", "report_device_id") for worker in workers]
     # Compared as sets: the order of ranks is not that of bundles.
     if len({*trainer_gpus}) != n or {*trainer_gpus} != {*engine_gpus}:
@@ -192,6 +186,7 @@ def main() -> int:
     for worker in (w for workers in ask(engines, "call", "verify_weights", handles(), digests) for w in workers):
         checked += worker["placement"]["checked"]
         wrong |= {*worker["transport"]["wrong"], *worker["placement"]["wrong"]}
+    ask(engines, "shutdown")
     print(f"{checked} elements compared, wrong: {', '.join(sorted(wrong)) or 'none'}")
     return 0 if checked and not wrong else 1
 

@@ -54,6 +54,12 @@ def require_nothing_left(traces: Traces) -> None:
     assert not any(left.values()), left
 
 
+def hear_signals() -> None:
+    """For a child of pytest: a shell's background job ignores SIGINT, one of nohup SIGHUP, and a script would, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """One run of the script, as a user starts it. Nothing of it may be left when it has ended.
 
@@ -73,11 +79,10 @@ class Run:
         command = [sys.executable, str(script), "--output-json", str(output), *arguments]
         traces = Traces()
         env = os.environ | {"PYTHONPATH": str(ROOT)} | traces.env
-        # A shell's background jobs ignore SIGINT, and so would a script started by them: pytest's child must not.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         alarm = threading.Timer(deadline(seconds), traces.end)
         lines = []
         options = {"stdout": subprocess.PIPE, "text": True, "env": env, "start_new_session": True}
+        options["preexec_fn"] = hear_signals
         with errors.open("w") as stderr, subprocess.Popen(command, stderr=stderr, **options) as process:
             alarm.start()
             for line in process.stdout:

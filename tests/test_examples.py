@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import deadline
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
@@ -25,9 +26,9 @@ LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=320)).sa
 def test_the_layout_alone(tmp_path):
     for file in (ROOT / "rlhf_utils.py", ROOT / "examples/minimal_colocate.py"):
         shutil.copy(file, tmp_path)
-    subprocess.run([sys.executable, "-c", MAKE, "model"], cwd=tmp_path, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", MAKE, "model"], cwd=tmp_path, check=True, timeout=deadline(300))
     command = [sys.executable, "minimal_colocate.py", "model", "--num-gpus", "2", "--tensor-parallel-size", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=deadline(600))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 GPUs, each with a trainer and an engine's worker" in done.stdout
     before, after = re.search(r"before (\[.*?\]), after (\[.*?\])", done.stdout).groups()

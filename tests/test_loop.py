@@ -69,7 +69,7 @@ def test_the_checkpoint_is_an_ordinary_one(undisturbed):
 
 
 def test_a_pretrained_model_speaks_and_its_text_reward_rises(tmp_path, smollm2):
-    options = ["--steps", "8", "--learning-rate", "3e-5", "--max-tokens", "12"]
+    options = ["--steps", "8", "--learning-rate", "3e-5", "--max-tokens", "12", "--prompts-per-step", "4"]
     report = Run(tmp_path, *ONE, "--model", str(smollm2), *options, seconds=1200).passed()
     proof, rows = report["samples"][0], report["steps"]
     assert "Paris" in proof["old"]

@@ -47,7 +47,6 @@ MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(QWEN3 | {"num_key_value_heads": 1}, id="qwen3-qk-norm-replicated-kv"),
         pytest.param(MIXTRAL | {"num_key_value_heads": 2, "num_local_experts": 4}, id="mixtral"),
     ],
 )
@@ -86,50 +85,6 @@ def test_ctrl_c_leaves_nothing(tmp_path, line):
     assert "Traceback" not in run.stderr
 
 
-BROKEN_ENGINE = """
-import sys
-import rlhf_colocate as rc
-
-class Broken(rc.MyLLM):
-    def start(self, architecture, **engine_args):
-        return super().start(architecture, **engine_args | {"max_model_len": 100_000})
-
-rc.Colocation.engine_actor = Broken
-sys.exit(rc.main(sys.argv[1:]))
-"""
-
-
-def test_an_engine_that_dies_while_starting_says_why(tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN_ENGINE)
-    run = Run(tmp_path, *ONE, *QUICK, *shape(tmp_path, **TINY), script=script)
-    assert run.code == FAIL
-    assert run.last_line.startswith("FAIL: engine 0 (start): ")
-    assert "max_model_len" in run.last_line and "_cached_repr" not in run.stdout + run.stderr
-
-
-BROKEN_TRAINER = """
-import sys
-import rlhf_colocate as rc
-
-class Broken(rc.RayTrainingActor):
-    def __init__(self, *args):
-        raise ValueError("not with this actor")
-
-rc.Colocation.training_actor = Broken
-sys.exit(rc.main(sys.argv[1:]))
-"""
-
-
-def test_a_training_actor_that_cannot_start_says_why(tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN_TRAINER)
-    run = Run(tmp_path, *ONE, *QUICK, *shape(tmp_path, **TINY), script=script)
-    assert run.code == FAIL
-    assert run.last_line.startswith("FAIL: training actor 0 (report_device_id): ValueError: ")
-    assert "not with this actor" in run.last_line and "ray::" not in run.last_line
-
-
 def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what a cluster started by ray.init wants
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
@@ -142,7 +97,7 @@ def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
         run = Run(tmp_path, *TWO, "--ray-address", address)
         ray.communicate("", timeout=deadline(60))
     assert run.code == MISSING
-    assert "has 1 free GPUs, not 2" in run.stderr and not run.stdout.count("[place]")
+    assert "has 1 free GPUs, and 2 are needed" in run.stderr and not run.stdout.count("[place]")
 
 
 def test_the_minimal_example(smollm2):
