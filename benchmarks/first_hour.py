@@ -58,6 +58,15 @@ def busy_loops(count: int):
             loop.wait()
 
 
+def note(row: dict, path: Path) -> None:
+    """Write the row as far as it is known; one of the same CPU, instruction set and Python is replaced."""
+    row["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows = json.loads(path.read_text()) if path.exists() else []
+    same = ("cpu", "capability", "python")
+    rows = [other for other in rows if any(other[key] != row[key] for key in same)]
+    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--avx2", action="store_true", help="imitate a CPU that has AVX2 and no AVX-512")
@@ -71,17 +80,16 @@ def main() -> int:
         timed(clone, "install")
         asked = subprocess.run([clone / ".venv/bin/python", "-c", ASK], capture_output=True, text=True, check=True)
         capability, python = asked.stdout.split()
+        if args.avx2:
+            capability += " (imitated)"
         row = {"cpu": cpu_name(), "capability": capability, "python": python}
         row["make_run_s"], _ = timed(clone, "run")
         row["make_test_s"], output = timed(clone, "test")
         row["tests"] = int(re.findall(r"(\d+) passed", output)[-1])
+        note(row, args.output)
         with busy_loops(2):
             row["make_test_beside_two_busy_loops_s"], _ = timed(clone, "test")
-        row["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    rows = json.loads(args.output.read_text()) if args.output.exists() else []
-    same = ("cpu", "capability", "python")
-    rows = [other for other in rows if any(other[key] != row[key] for key in same)]
-    args.output.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        note(row, args.output)
     print(json.dumps(row, indent=1))
     return 0
 
