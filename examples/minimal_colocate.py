@@ -187,6 +187,7 @@ def main() -> int:
         checked += worker["placement"]["checked"]
         wrong |= {*worker["transport"]["wrong"], *worker["placement"]["wrong"]}
     ask(engines, "shutdown")
+    ray.shutdown()
     print(f"{checked} elements compared, wrong: {', '.join(sorted(wrong)) or 'none'}")
     return 0 if checked and not wrong else 1
 
