@@ -149,6 +149,7 @@ class RayTrainingActor:
         if self.device.type == "cpu":
             rlhf_utils.share_memory([*self.model.parameters(), self.version])
         self.addresses = [p.data_ptr() for p in self.model.parameters()]
+        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model))  # views: they stay where they are
 
     def report_device_id(self) -> dict:
         import torch
@@ -272,7 +273,7 @@ class RayTrainingActor:
 
         import rlhf_utils
 
-        weights = dict(rlhf_utils.checkpoint_tensors(self.model))
+        weights = self.weights
         # A sum is finite only if all it adds up is, and takes no memory beside the weights.
         finite = torch.stack([t.sum(dtype=torch.float32).isfinite() for t in weights.values()]).tolist()
         if bad := [name for name, ok in zip(weights, finite, strict=True) if not ok]:
@@ -284,7 +285,7 @@ class RayTrainingActor:
         import rlhf_utils
 
         version = (rlhf_utils.VERSION, self.version)
-        message = rlhf_utils.export_handles([*rlhf_utils.checkpoint_tensors(self.model), version])
+        message = rlhf_utils.export_handles([*self.weights.items(), version])
         return {rlhf_utils.device_uuid(self.device): message}
 
     def token_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:

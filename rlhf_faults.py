@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colocate.config import FAIL, STAGES, Stop
+from colocate.config import FAIL, MISSING, STAGES, Stop
 from colocate.preflight import check_shared_memory
 from colocate.watch import children, kill, remove, shared_memory_files
 
@@ -183,7 +183,9 @@ def wait_for(colocation: Colocation, refs: list, parts: list[Part], what: str) -
     unborn = {part for part in failed if getattr(answered[part], "actor_init_failed", False)}
     died = {part for part in failed - unborn if isinstance(answered[part], ray.exceptions.RayActorError)}
     if unborn:  # its constructor raised: another one's would, too
-        raise Stop(f"{names(unborn)} ({what}): {explain(answered[min(unborn)])}")
+        text = explain(answered[min(unborn)])
+        code = MISSING if "is not handled" in text else FAIL  # a model that this script does not know: no failed check
+        raise Stop(f"{names(unborn)} ({what}): {text}", code)
     # Ray's and vLLM's words for a process that has ended. They may come before the process is gone.
     told = re.search(r"connection error code|: cancelled$|Executor failed", text)
     lost = died | (find_lost(colocation, failed, PING_S if told and not died else 0) if text else watch.ended())
