@@ -8,14 +8,22 @@ Says nothing and ends with 0 if all is well; else one line, and 1. Runs on old r
 
 import importlib.util
 import json
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+CPU_WHEELS = "the address that pytorch.org shows for pip and CPU under Get Started"
 RELEASES = ("3.11", "3.12", "3.13")  # all wheels of requirements-cpu.txt exist for these
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+
+
+def check_platform(system: str, machine: str) -> None:
+    """End with one line where vLLM and Ray have no wheels."""
+    if (system, machine) != ("Linux", "x86_64"):
+        fix = "a Linux machine, WSL2, or a container (docker run --platform linux/amd64 --shm-size=4g)"
+        sys.exit(f"This is {system} on {machine}; the requirements are for Linux on x86_64. Try: {fix}")
 
 
 def check_version(release: str) -> None:
@@ -53,13 +61,14 @@ def check_torch(lock: str) -> None:
     (torch,) = json.loads(done.stdout)["install"]
     needs = " ".join(torch["metadata"].get("requires_dist", []))
     if "nvidia-" in needs or "triton" in needs:
-        sys.exit(f"pip would install a CUDA build of {pin}. Try: PIP_EXTRA_INDEX_URL={CPU_WHEELS} make")
+        sys.exit(f"pip would install a CUDA build of {pin}. Try: PIP_EXTRA_INDEX_URL=... make run, with {CPU_WHEELS}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         check_torch(Path(sys.argv[1]).read_text())
     else:
+        check_platform(platform.system(), platform.machine())
         this = "{}.{}".format(*sys.version_info)
         check_version(this)
         check_venv(this)

@@ -45,6 +45,13 @@ def flag(default, text: str, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
 
+class OneLine(argparse.ArgumentParser):
+    """A user's mistake is one line, without the usage above it."""
+
+    def error(self, message: str):
+        self.exit(USAGE, f"rlhf_colocate.py: error: {message}. --help lists the flags\n")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that can be set; the command line's flags are made from it."""
@@ -104,7 +111,9 @@ class Config:
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
     checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)", at_least=0)
-    resume: str | None = flag(None, "go on from this --checkpoint folder, for --steps more; the other flags as before")
+    resume: str | None = flag(
+        None, "go on from this --checkpoint folder, for --steps more; other flags as before, without --model"
+    )
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
     timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost", above=0)
     stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
@@ -121,7 +130,7 @@ class Config:
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:
         formatter = argparse.RawDescriptionHelpFormatter
         usage = "python rlhf_colocate.py [flags]   (--help lists them)"
-        parser = argparse.ArgumentParser(usage=usage, description=description, formatter_class=formatter)
+        parser = OneLine(usage=usage, description=description, formatter_class=formatter)
         for f in dataclasses.fields(Config):
             name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
             if isinstance(f.default, bool):
@@ -178,17 +187,17 @@ def check_layout(config: Config) -> None:
 def stage_timeouts(config: Config) -> dict[str, float]:
     """{stage: seconds} of --stage-timeout. Raises Stop(USAGE) for what is not of the form push=5,rollout=60."""
     limits = {}
-    for part in filter(None, (config.stage_timeout or "").split(",")):
+    for part in config.stage_timeout.split(",") if config.stage_timeout is not None else []:
         stage, _, text = part.partition("=")
         stage = stage.strip()
         seconds = 0.0
         with contextlib.suppress(ValueError):
             seconds = float(text)
-        refuse_unless(
-            stage in STAGES and 0 < seconds < math.inf,
-            f"--stage-timeout {part} is not of the form STAGE=SECONDS, with more than 0 seconds and a stage of "
-            f"{', '.join(STAGES)}. Try: --stage-timeout push=5,rollout=60",
-        )
+        message = f"--stage-timeout {part} names no stage. It takes STAGE=SECONDS, with a stage of {', '.join(STAGES)}"
+        refuse_unless(stage in STAGES, message)
+        refuse_unless(stage not in limits, f"--stage-timeout has {stage} twice. Leave one out")
+        message = f"--stage-timeout {part} is not of the form STAGE=SECONDS. Try: --stage-timeout {stage}=60"
+        refuse_unless(0 < seconds < math.inf, message)
         limits[stage] = seconds
     return limits
 

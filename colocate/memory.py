@@ -100,10 +100,23 @@ def check_gpu_memory(config: Config, model_config: dict, parameters: int, gpus: 
         need = max(engine + kept, asleep + peak) / GIB
         if gpu["free"] / 1024 < need:
             parts = f"an engine takes {engine / GIB:.1f} GiB, a trainer {kept / GIB:.1f}, in a step {peak / GIB:.1f}"
-            fix = "End what fills it (see nvidia-smi), or try a lower --gpu-memory-utilization, --offload-optimizer "
-            fix += "or --steps 0."
+            fix = f"Try {' or '.join(what_helps(config, gpu['free'] / 1024, engine / GIB, kept / GIB, peak / GIB))}."
+            if gpu["free"] < 0.9 * gpu["total"]:
+                fix = f"End what fills it (see nvidia-smi). {fix}"
             found = f"GPU {gpu['index']} has {gpu['free'] / 1024:.1f} GiB free, but the run needs {need:.1f}: {parts}"
             raise Stop(f"{found}. {fix}", MISSING)
+
+
+def what_helps(config: Config, free: float, engine: float, kept: float, peak: float) -> list[str]:
+    """Flags with which less memory is needed, in GiB as in `check_gpu_memory`, and none that changes nothing."""
+    if peak > free:  # a step alone, the engine being asleep
+        return ["a smaller --model", "--steps 0 for the push alone"]
+    helps = ["a lower --gpu-memory-utilization"]
+    if not config.sleep_level and config.steps:
+        helps.append("--sleep-level 2")
+    if not config.offload_optimizer and config.steps and engine + kept > free:
+        helps.append("--offload-optimizer")
+    return helps
 
 
 def check_host_memory(config: Config, model_config: dict, parameters: int, available: int) -> None:

@@ -102,14 +102,19 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
     Raises Stop(USAGE) for a model that the user named and that cannot be had; the default model is replaced by its
     architecture with random weights then.
     """
+    if rehearsal and not config.resume and not config.model:  # quick anywhere, with a network or without
+        folder = write_config(scratch, OPT_125M | OPT_SMALL)
+        return folder, "dummy", f"no --model: a small one of {DEFAULT_MODEL}'s architecture, with seeded random weights"
     model = config.resume or config.model or DEFAULT_MODEL
     load_format = "auto" if config.resume else config.load_format
     folder = Path(model).expanduser()
-    if folder.is_dir() or model.startswith((".", "/", "~")):
+    if config.resume or folder.is_dir() or model.startswith((".", "/", "~")):
+        flag = "--resume" if config.resume else "--model"
         if not folder.is_dir():
-            raise Stop(f"There is no folder {folder}. --model takes a folder of a Hugging Face checkpoint.", USAGE)
+            fix = "a folder that --checkpoint wrote" if config.resume else "a folder, or an id like Qwen/Qwen2.5-0.5B"
+            raise Stop(f"{flag} {folder} is not there. Give {fix}.", USAGE)
         if not os.path.lexists(folder / "config.json"):
-            raise Stop(f"There is no {folder}/config.json: {what_else(folder)}.", USAGE)
+            raise Stop(f"{flag} {folder} has no config.json: {what_else(folder)}.", USAGE)
         if load_format != "dummy" and not has_weights(folder):
             fix = "Try another --model, or --load-format dummy for seeded random weights."
             raise Stop(f"There is no {WEIGHTS[0]} in {folder}: {what_else(folder)}. {fix}", USAGE)
@@ -125,13 +130,18 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
     if isinstance(result, Path):
         return result, config.load_format, ""
     if config.model:
-        fix = "Type a folder or another id after --model, or check HF_TOKEN and HF_HUB_OFFLINE."
+        fix = "Give a folder or another id after --model, or check the network, HF_TOKEN and HF_HUB_OFFLINE."
         raise Stop(f"No folder, cached model or model of the hub is called {model} ({result}). {fix}", USAGE)
+    note = f"{model} cannot be had ({result}): using its architecture with seeded random weights"
+    return write_config(scratch, OPT_125M), "dummy", note
+
+
+def write_config(scratch: Path, settings: dict) -> Path:
+    """A model's folder with nothing in it but config.json."""
     folder = scratch / "default"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(OPT_125M | (OPT_SMALL if rehearsal else {})))
-    kind = "a small model of its architecture" if rehearsal else "its architecture"
-    return folder, "dummy", f"{model} cannot be had ({result}): using {kind} with seeded random weights"
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def what_else(folder: Path) -> str:
@@ -147,7 +157,7 @@ def what_else(folder: Path) -> str:
     }.items():
         if found := sorted(folder.glob(pattern)):
             return f"there is {found[0].name}, but {kind}; take the model in Hugging Face's format"
-    return "it is no Hugging Face checkpoint"
+    return "it is no Hugging Face checkpoint. Give the folder that holds config.json and model.safetensors"
 
 
 def has_weights(folder: Path) -> bool:

@@ -500,11 +500,16 @@ def test_a_broken_tokenizer(folder):
 
 def test_the_default_model_falls_back_to_random_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(mf, "_from_hub", lambda *_: "ConnectError: no network")
-    model = mf.check_model(Config(), True, tmp_path)
+    model = mf.check_model(Config(), False, tmp_path)
     assert model.load_format == "dummy" and "no network" in model.notes[0]
+    assert model.architecture == "OPTForCausalLM" and model.parameters == 125_239_296
+
+
+def test_the_rehearsal_takes_a_small_model_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(mf, "_from_hub", lambda *_: pytest.fail("it asked"))
+    model = mf.check_model(Config(), True, tmp_path)
+    assert model.load_format == "dummy" and "a small one" in model.notes[0]
     assert model.architecture == "OPTForCausalLM" and model.config["num_hidden_layers"] == 4
-    monkeypatch.setattr(mf, "OPT_SMALL", {})
-    assert mf.check_model(Config(), True, tmp_path).parameters == 125_239_296
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
