@@ -7,7 +7,6 @@ transformers' own loading runs once on the meta device. No tensor data is read. 
 from __future__ import annotations
 
 import ast
-import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -245,13 +244,6 @@ def weight_files(weights: Path) -> dict[str, dict[str, list[int]]]:
         if tensor not in files[name]:
             raise Stop(f"{weights} says that {tensor} is in {name}, but it is not. Download both again.", USAGE)
     return files
-
-
-def checkpoint_shapes(folder: Path) -> collections.Counter:
-    """How many weights of each shape are in a folder's checkpoint."""
-    weights = next(folder / name for name in WEIGHTS if os.path.lexists(folder / name))
-    files = weight_files(weights)
-    return collections.Counter(tuple(shape) for shapes in files.values() for shape in shapes.values())
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:

@@ -5,7 +5,6 @@ Each mistake that shows by then ends the run with one message: what was found, w
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 from colocate.cluster import available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes
-from colocate.model_folder import Model, check_model, checkpoint_shapes
+from colocate.model_folder import Model, check_model
 
 if TYPE_CHECKING:
     from rlhf_report import Log
@@ -97,8 +96,11 @@ def describe_failed_save(folder: Path, half: Path, error: Exception) -> str:
     return f"The checkpoint was not written to {folder}: after {written} bytes, {' '.join(full.split())}. {kept}. {fix}"
 
 
-def check_resume(config: Config) -> None:
-    """Raise Stop(USAGE) if --resume is no whole checkpoint of this script, or one of a run with other flags."""
+def check_resume(config: Config, parameters: int) -> None:
+    """Raise Stop(USAGE) if --resume is no whole checkpoint of this script, or one of a run with other flags.
+
+    parameters: of the model beside it. Elements are counted, since transformers fuses experts that the file has apart.
+    """
     if not config.resume:
         return
     folder = Path(config.resume).expanduser().resolve()
@@ -117,13 +119,13 @@ def check_resume(config: Config) -> None:
         state = load_trainer_state(state_file)
         with_reference = "reference" in state
         whole = {"steps", "masters", "optimizer"} <= state.keys()
-        of_other_weights = collections.Counter(tuple(m.shape) for m in state["masters"]) - checkpoint_shapes(folder)
+        of_this_model = sum(m.numel() for m in state["masters"]) == parameters
     except Exception as error:  # of zip, of pickle, of torch: half-written, or not torch's at all
         message = f"{state_file} or a file beside it is not whole ({type(error).__name__}). {hint}"
         raise Stop(message, USAGE) from None
     refuse_unless(whole, f"{state_file} is not of this script. {hint}")
     message = f"{state_file} and the weights beside it are not of one model. {hint}"
-    refuse_unless(not of_other_weights, message)
+    refuse_unless(of_this_model, message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)
@@ -320,7 +322,7 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Co
         gpus = [] if rehearsal else find_gpus()
         report["hardware"] = check_hardware(config, gpus, rehearsal)
         model = check_model(config, rehearsal, scratch)
-        check_resume(config)
+        check_resume(config, model.parameters)
         notes = [hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":
             dtype, why = choose_dtype(config, rehearsal, model.config)

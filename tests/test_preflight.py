@@ -323,24 +323,48 @@ def saved(tmp_path):
 
 def test_a_checkpoint_is_looked_at_before_anything_starts(saved, tmp_path):
     bf16 = {"dtype": "bfloat16"}
-    rp.check_resume(Config(resume=saved(), **bf16))
+    rp.check_resume(Config(resume=saved(), **bf16), 2)
     with refused(USAGE, "Try: --dtype bfloat16"):
-        rp.check_resume(Config(resume=str(tmp_path), dtype="float32"))
+        rp.check_resume(Config(resume=str(tmp_path), dtype="float32"), 2)
     with refused(USAGE, "Leave --kl-coef out"):
-        rp.check_resume(Config(resume=str(tmp_path), kl_coef=0.1, **bf16))
-    rp.check_resume(Config(resume=saved(reference={}), kl_coef=0.1, **bf16))
+        rp.check_resume(Config(resume=str(tmp_path), kl_coef=0.1, **bf16), 2)
+    rp.check_resume(Config(resume=saved(reference={}), kl_coef=0.1, **bf16), 2)
     with refused(USAGE, "Give the same --kl-coef again"):
-        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+        rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
     with refused(USAGE, "are not of one model"):
-        rp.check_resume(Config(resume=saved(shape=3), **bf16))
+        rp.check_resume(Config(resume=saved(shape=3), **bf16), 2)
     saved()
     state = tmp_path / "trainer_state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     with refused(USAGE, "trainer_state.pt or a file beside it is not whole"):
-        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+        rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
     state.unlink()
     with refused(USAGE, "has no trainer_state.pt"):
-        rp.check_resume(Config(resume=str(tmp_path), **bf16))
+        rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
+
+
+MOE = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 320}
+model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=torch.float32)
+folder = Path(sys.argv[1])
+model.save_pretrained(folder)
+state = {"steps": 1, "masters": [p.detach() for p in model.parameters()], "optimizer": {}}
+torch.save(state, folder / "trainer_state.pt")
+"""
+
+
+def test_a_checkpoint_of_experts_can_be_resumed(tmp_path):
+    """The trainers' masters have all experts of a layer in one tensor, the file has each apart."""
+    from colocate.model_folder import check_model
+
+    (tmp_path / "scratch").mkdir()
+    subprocess.run([sys.executable, "-c", MOE, str(tmp_path / "saved")], check=True, timeout=deadline(120))
+    config = Config(resume=str(tmp_path / "saved"), num_gpus=1, tensor_parallel_size=1)
+    rp.check_resume(config, check_model(config, True, tmp_path / "scratch").parameters)
 
 
 @pytest.mark.parametrize(
