@@ -693,6 +693,8 @@ def require_written_once(model, model_config, weights: dict[str, torch.Tensor], 
         with recorder:
             _load_weights(model, model_config, weights.items(), layout.needs_reload, watch)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # the GPU's fault, not the model's
         detail = str(error) if isinstance(error, HandleError) else f"{type(error).__name__}: {error}"
         raise _not_handled(layout, f"vLLM's loaders do not take the trainer's weights ({detail[:300]})") from None
     finally:

@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 
 MARK = "RLHF_COLOCATE_MARK"
-# Ray keeps its session's logs, torch its compiled kernels: both on purpose.
-KEPT = re.compile("ray$|torchinductor_")
+KEPT = re.compile("torchinductor_")  # torch keeps its compiled kernels on purpose
 
 
 class Traces:

@@ -21,7 +21,8 @@ RELEASES = ("3.11", "3.12", "3.13")  # all wheels of requirements-cpu.txt exist 
 
 def check_platform(system: str, machine: str) -> None:
     """End with one line where vLLM and Ray have no wheels."""
-    if (system, machine) != ("Linux", "x86_64"):
+    on_arm_gpus = (system, machine) == ("Linux", "aarch64") and shutil.which("nvidia-smi")  # not tried
+    if (system, machine) != ("Linux", "x86_64") and not on_arm_gpus:
         fix = "a Linux machine, WSL2, or a container (docker run --platform linux/amd64 --shm-size=4g)"
         sys.exit(f"This is {system} on {machine}; the requirements are for Linux on x86_64. Try: {fix}")
 

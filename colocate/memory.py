@@ -5,6 +5,7 @@ from __future__ import annotations
 from colocate.config import LONGEST_PROMPT, MISSING, Config, Stop
 
 MAX_NUM_SEQS = 64  # at a time in an engine
+WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "moe", "mlp")  # layers without keys and values
 GIB = 2**30
 PROCESS_BYTES = GIB // 2  # measured with a tiny model: a trainer 0.3 GiB, an engine 0.4, a worker 0.5
 
@@ -45,8 +46,8 @@ def kv_bytes(config: Config, model_config: dict, tokens: int) -> int:
         width = rank + (model_config.get("qk_rope_head_dim") or 0)
     window = min(model_config.get("sliding_window") or tokens, tokens)
     kinds = model_config.get("layer_types") or ["sliding_attention"] * (model_config.get("num_hidden_layers") or 0)
-    kept = {"full_attention": tokens, "sliding_attention": window}
-    return sum(kept.get(kind, 0) for kind in kinds) * width * itemsize(config)
+    kept = {"sliding_attention": window} | dict.fromkeys(WITHOUT_CACHE, 0)  # other kinds keep all
+    return sum(kept.get(kind, tokens) for kind in kinds) * width * itemsize(config)
 
 
 def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:

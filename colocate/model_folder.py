@@ -362,7 +362,7 @@ def check_length(config: Config, model_config) -> None:
     rope = getattr(model_config, "rope_parameters", None) or {}
     stretch = 1.0
     for part in [rope] if "rope_type" in rope else [p for p in rope.values() if isinstance(p, dict)]:
-        kind, factor = part.get("rope_type"), part.get("factor") or 1.0
+        kind, factor = part.get("rope_type"), part.get("factor") or stretch
         if kind == "yarn":
             longest = max(longest, (part.get("original_max_position_embeddings") or 0) * factor)
         elif kind not in ("su", "longrope", "llama3", "deepseek_yarn", "deepseek_llama_scaling"):

@@ -38,12 +38,16 @@ def check_outputs(config: Config) -> None:
         if not getattr(config, name):
             continue
         flag = "--" + name.replace("_", "-")
-        path = Path(getattr(config, name)).resolve()
+        path = Path(getattr(config, name))
         if path.exists() and not (path.is_file() or path.is_dir()):
-            continue  # /dev/null, or a pipe
+            continue  # /dev/null, or a pipe, which has no path to resolve
+        path = path.resolve()
         other = paths.setdefault(path, flag)
         refuse_unless(other == flag, f"{other} and {flag} are both {path}. Give each a path of its own")
         folder = path.parent
+        if config.checkpoint and name != "checkpoint":
+            message = f"{flag} {path} is in the folder of --checkpoint, which is replaced whole. Give it another folder"
+            refuse_unless(not path.is_relative_to(Path(config.checkpoint).resolve()), message)
         refuse_unless(folder.is_dir(), f"{flag} {path} has no folder to be in. Try: mkdir -p {folder}")
         if name == "checkpoint":
             check_checkpoint_folder(path)
@@ -247,7 +251,7 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
             "nvidia-smi shows no NVIDIA GPU, which vLLM's CUDA build needs. For a rehearsal without one try: "
             "pip uninstall vllm; pip install --no-deps -r requirements-cpu.txt"
         )
-        if visible is not None:
+        if visible is not None and list_gpus():
             message = (
                 f"CUDA_VISIBLE_DEVICES={visible!r} leaves no NVIDIA GPU to this run. An entry must be the index or the "
                 "UUID of a whole GPU, each once; nvidia-smi -L lists them. Try: unset CUDA_VISIBLE_DEVICES"

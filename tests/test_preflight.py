@@ -219,6 +219,12 @@ def test_every_flag_has_a_range(values):
         cc.check_layout(Config(**values))
 
 
+def test_a_pipe_is_an_output():
+    code = "from colocate import preflight as p; p.check_outputs(p.Config(output_json='/dev/stdout')); print('taken')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=deadline(60))
+    assert done.stdout == "taken\n", done.stderr
+
+
 def test_flags_that_exclude_each_other():
     with refused(USAGE, "Leave --model out"):
         cc.check_loop(Config(resume="saved", model="other"))
@@ -236,6 +242,8 @@ def test_outputs_are_tried(tmp_path):
     with refused(USAGE, "mkdir -p"):
         rp.check_outputs(Config(checkpoint=str(tmp_path / "none/here")))
     rp.check_outputs(Config(metrics="/dev/null", output_json="/dev/null"))
+    with refused(USAGE, "is replaced whole"):
+        rp.check_outputs(Config(checkpoint=str(tmp_path / "out"), metrics=str(tmp_path / "out/m.jsonl")))
     with refused(USAGE, "--output-json and --metrics are both"):
         rp.check_outputs(Config(metrics=str(tmp_path / "one"), output_json=str(tmp_path / "one")))
 
