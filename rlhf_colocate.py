@@ -519,6 +519,7 @@ class Colocation:
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
+            "RLHF_COLOCATE_SHM": f"/{self.watch.prefix}",
             "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
             "VLLM_RPC_BASE_PATH": str(self.folder),
             # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.

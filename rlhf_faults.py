@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import os
 import re
+import secrets
 import tempfile
 import time
 from pathlib import Path
@@ -90,6 +91,7 @@ class Watch:
         self.replacing: set[Part] = set()  # ended by `bury`; whoever takes their place is not ready yet
         self.files: dict[Part, set[str]] = {}  # in /dev/shm, noted early: the dead cannot name theirs any more
         self.loose: set[str] = set()  # the same, of processes that had not reported yet
+        self.prefix = f"r{secrets.token_hex(4)}"  # of queues of engines; Python allows 9 characters
         self.others = set(os.listdir("/dev/shm"))  # what was there before
 
     def add(self, found: list[tuple[Part, str, int, str]]) -> None:
@@ -119,7 +121,8 @@ class Watch:
             self.loose.update(self.shared_memory_files(process.pid))
 
     def all_files(self) -> set[str]:
-        return self.loose.union(*self.files.values())
+        queues = {name for name in os.listdir("/dev/shm") if name.startswith(self.prefix)}
+        return queues.union(self.loose, *self.files.values())
 
     def drop(self, part: Part) -> None:
         self.replacing.add(part)

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import multiprocessing.shared_memory
 import os
 import re
 import time
@@ -1107,6 +1108,9 @@ def preload_engine_process() -> None:
     """
     if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
         return
+    if prefix := os.environ.get("RLHF_COLOCATE_SHM"):
+        # So begin the names of vLLM's queues in /dev/shm, whose makers may be killed before anybody has seen them.
+        multiprocessing.shared_memory._SHM_NAME_PREFIX = prefix
     if os.environ.get("RLHF_COLOCATE_AVX2"):
         # vLLM picks its AVX2 kernels then. Its AVX-512 attention (0.32) returns NaN where a score is some 50 times its
         # softcap: tanh by exponentials that overflow, as in https://github.com/vllm-project/vllm/pull/56579.
