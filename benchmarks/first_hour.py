@@ -1,9 +1,9 @@
 """How long the first hour's commands take here: `make run`, `make test`, and `make test` beside two busy loops.
 
-python benchmarks/first_hour.py [--avx2] [--output results/first-hour.json]
+python benchmarks/first_hour.py [--avx2] [--only run test beside] [--output results/first-hour.json]
 
-Each runs in a fresh clone of the last commit, after `make install`. One row per CPU, instruction set and Python is
-written; a row of the same three is replaced. --avx2: let PyTorch use what a CPU without AVX-512 has.
+Each runs in a fresh clone of the last commit, after `make install`. There is one row per CPU, instruction set and
+Python; what is measured anew replaces what it had. --avx2: let PyTorch use what a CPU without AVX-512 has.
 """
 
 from __future__ import annotations
@@ -59,17 +59,20 @@ def busy_loops(count: int):
 
 
 def note(row: dict, path: Path) -> None:
-    """Write the row as far as it is known; one of the same CPU, instruction set and Python is replaced."""
+    """Write what is known of the row into the one of the same CPU, instruction set and Python."""
     row["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    rows = json.loads(path.read_text()) if path.exists() else []
-    same = ("cpu", "capability", "python")
-    rows = [other for other in rows if any(other[key] != row[key] for key in same)]
-    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    rows = {}
+    for other in [*(json.loads(path.read_text()) if path.exists() else []), row]:
+        same = (other["cpu"], other["capability"], other["python"])
+        rows[same] = rows.get(same, {}) | other
+    path.write_text(json.dumps([*rows.values()], indent=1) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--avx2", action="store_true", help="imitate a CPU that has AVX2 and no AVX-512")
+    whole = ["run", "test", "beside"]
+    parser.add_argument("--only", nargs="+", choices=whole, default=whole, help="which of the three to measure")
     parser.add_argument("--output", type=Path, default=ROOT / "results/first-hour.json", help="JSON file of the rows")
     args = parser.parse_args()
     if args.avx2:
@@ -83,13 +86,17 @@ def main() -> int:
         if args.avx2:
             capability += " (imitated)"
         row = {"cpu": cpu_name(), "capability": capability, "python": python}
-        row["make_run_s"], _ = timed(clone, "run")
-        row["make_test_s"], output = timed(clone, "test")
-        row["tests"] = int(re.findall(r"(\d+) passed", output)[-1])
-        note(row, args.output)
-        with busy_loops(2):
-            row["make_test_beside_two_busy_loops_s"], _ = timed(clone, "test")
-        note(row, args.output)
+        if "run" in args.only:
+            row["make_run_s"], _ = timed(clone, "run")
+            note(row, args.output)
+        if "test" in args.only:
+            row["make_test_s"], output = timed(clone, "test")
+            row["tests"] = int(re.findall(r"(\d+) passed", output)[-1])
+            note(row, args.output)
+        if "beside" in args.only:
+            with busy_loops(2):
+                row["make_test_beside_two_busy_loops_s"], _ = timed(clone, "test")
+            note(row, args.output)
     print(json.dumps(row, indent=1))
     return 0
 
