@@ -116,7 +116,7 @@ def traced(method):
 
 
 class RayTrainingActor:
-    """A trainer: one full replica of the model on its share of a GPU. `rlhf_grpo.Learner` is its optimizer."""
+    """A trainer: one full replica of the model on its share of a GPU. `grpo.Learner` is its optimizer."""
 
     def __init__(self, model: str, load_format: str, dtype: str, seed: int, device: str):
         import torch
@@ -174,7 +174,7 @@ class RayTrainingActor:
         """
         import torch
 
-        import rlhf_grpo
+        from colocate import grpo
 
         if world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -183,7 +183,7 @@ class RayTrainingActor:
         # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
         default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
         rate = default if learning_rate is None else learning_rate
-        self.learner = rlhf_grpo.Learner(self.model, rate, **options)
+        self.learner = grpo.Learner(self.model, rate, **options)
         if resume:
             self.learner.load(Path(resume), learning_rate)
         return self.learner.steps
@@ -234,7 +234,7 @@ class RayTrainingActor:
 
     @traced
     def learn(self, samples: list[dict], total_tokens: int, version: int) -> dict[str, float]:
-        """One optimizer step of all trainers, each on its samples (see rlhf_grpo). Returns the step's metrics."""
+        """One optimizer step of all trainers, each on its samples. Returns the step's metrics."""
         import torch
 
         try:
@@ -1147,7 +1147,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
     A loss of actors ends in the same state as a step's push (see rlhf_faults.recover): a step that the trainers had
     done goes on from there, one that they had not is done again.
     """
-    import rlhf_grpo
+    from colocate import grpo
 
     last, version, seconds = done + config.steps, 2, {}
     report["steps"], report["losses"] = rows, losses = [], []
@@ -1186,11 +1186,9 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 with phase("reward"):
                     for i, sample in enumerate(samples):
                         sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                        sample["reward"] = float(
-                            rlhf_grpo.reward(prompts[i // config.group_size], sample["completion"])
-                        )
+                        sample["reward"] = float(grpo.reward(prompts[i // config.group_size], sample["completion"]))
                     rewards = [s["reward"] for s in samples]
-                    shares = rlhf_grpo.advantages(rewards, config.group_size)
+                    shares = grpo.advantages(rewards, config.group_size)
                     samples = [s | {"advantage": a} for s, a in zip(samples, shares, strict=True)]
                 with phase("train"):
                     version += 1

@@ -13,7 +13,7 @@ from running import deadline
 
 torch = pytest.importorskip("torch")
 
-import rlhf_grpo  # noqa: E402
+from colocate import grpo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,15 +35,15 @@ def samples(n: int = 8) -> list[dict]:
         )
         found.append({"prompt": prompt, "tokens": tokens, "advantage": (-1) ** i * (1 + i / 4)})
     for s in found:  # as if sampled from the model itself
-        batch = rlhf_grpo.collate([s | {"logprobs": [0.0] * len(s["tokens"])}], torch.device("cpu"))
+        batch = grpo.collate([s | {"logprobs": [0.0] * len(s["tokens"])}], torch.device("cpu"))
         with torch.no_grad():
-            s["logprobs"] = rlhf_grpo.token_logprobs(tiny(), batch)[0, len(s["prompt"]) - 1 :].tolist()
+            s["logprobs"] = grpo.token_logprobs(tiny(), batch)[0, len(s["prompt"]) - 1 :].tolist()
     return found
 
 
 def learner(**options):
     defaults = {"learning_rate": 1e-2, "clip_range": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False}
-    return rlhf_grpo.Learner(tiny(), **defaults | options)
+    return grpo.Learner(tiny(), **defaults | options)
 
 
 def total(found: list[dict]) -> int:
@@ -51,15 +51,15 @@ def total(found: list[dict]) -> int:
 
 
 def test_rewards():
-    assert rlhf_grpo.reward("x", "All Words Begin Upper Case") == 1
-    assert rlhf_grpo.reward("x", "one Two three Four") == 0.5
-    assert rlhf_grpo.reward("x", "A") == 0.25, "one word is not a way around it"
-    assert rlhf_grpo.reward("x", "") == 0
-    assert rlhf_grpo.reward([1], [8, 16, 3, 5]) == 0.5
+    assert grpo.reward("x", "All Words Begin Upper Case") == 1
+    assert grpo.reward("x", "one Two three Four") == 0.5
+    assert grpo.reward("x", "A") == 0.25, "one word is not a way around it"
+    assert grpo.reward("x", "") == 0
+    assert grpo.reward([1], [8, 16, 3, 5]) == 0.5
 
 
 def test_advantages_are_normalised_within_each_group():
-    found = rlhf_grpo.advantages([0, 1, 2, 3, 5, 5, 5, 5], 4)
+    found = grpo.advantages([0, 1, 2, 3, 5, 5, 5, 5], 4)
     assert sum(found[:4]) == pytest.approx(0) and found[3] == pytest.approx(1.5 / math.sqrt(5 / 3), rel=1e-3)
     assert found[4:] == [0, 0, 0, 0], "equal rewards teach nothing"
 
@@ -69,20 +69,20 @@ def test_advantages_are_normalised_within_each_group():
 )
 def test_the_ratio_is_clipped_where_that_is_the_worse(ratio, advantage, objective):
     batch = {"mask_BT": torch.ones(1, 1), "sampler_BT": torch.zeros(1, 1), "advantage_B1": torch.tensor([[advantage]])}
-    loss, sums = rlhf_grpo.grpo_loss(torch.tensor([[math.log(ratio)]]), batch, 1, 0.2)
+    loss, sums = grpo.grpo_loss(torch.tensor([[math.log(ratio)]]), batch, 1, 0.2)
     assert float(loss) == pytest.approx(-objective)
     assert float(sums["logprob_gap"]) == pytest.approx(abs(math.log(ratio)))
 
 
 def test_padding_and_prompts_take_no_part():
     found = samples()
-    batch = rlhf_grpo.collate(found, torch.device("cpu"))
+    batch = grpo.collate(found, torch.device("cpu"))
     assert int(batch["mask_BT"].sum()) == total(found)
-    logprobs_BT = rlhf_grpo.token_logprobs(tiny(), batch)
-    _, sums = rlhf_grpo.grpo_loss(logprobs_BT, batch, total(found), 0.2)
+    logprobs_BT = grpo.token_logprobs(tiny(), batch)
+    _, sums = grpo.grpo_loss(logprobs_BT, batch, total(found), 0.2)
     assert float(sums["ratio"]) == pytest.approx(total(found), rel=0.02), "fresh samples have ratio 1"
     poisoned = logprobs_BT.masked_fill(batch["mask_BT"] == 0, 3.0)
-    assert rlhf_grpo.grpo_loss(poisoned, batch, 9, 0.2)[0] == rlhf_grpo.grpo_loss(logprobs_BT, batch, 9, 0.2)[0]
+    assert grpo.grpo_loss(poisoned, batch, 9, 0.2)[0] == grpo.grpo_loss(logprobs_BT, batch, 9, 0.2)[0]
 
 
 def test_a_step_changes_the_weights_in_place_and_makes_better_completions_likelier():
@@ -93,8 +93,8 @@ def test_a_step_changes_the_weights_in_place_and_makes_better_completions_likeli
         it.step(found, total(found))
     assert [p.data_ptr() for p in it.model.parameters()] == addresses
     assert first["logprob_gap"] < 0.02 and first["ratio"] == pytest.approx(1, abs=0.02)
-    batch = rlhf_grpo.collate(found, torch.device("cpu"))
-    moved_BT = (rlhf_grpo.token_logprobs(it.model, batch) - batch["sampler_BT"]) * batch["mask_BT"]
+    batch = grpo.collate(found, torch.device("cpu"))
+    moved_BT = (grpo.token_logprobs(it.model, batch) - batch["sampler_BT"]) * batch["mask_BT"]
     assert float((moved_BT.detach() * batch["advantage_B1"]).sum()) > 0
 
 

@@ -15,8 +15,8 @@ from live import Shared
 from running import require_proof
 
 import rlhf_colocate as rc
-import rlhf_grpo
 from benchmarks import drills
+from colocate import grpo
 from colocate.config import FAULTS
 from rlhf_faults import Lost, recover, rescue
 
@@ -41,8 +41,8 @@ def samples(layout: Shared) -> list[dict]:
     (version,) = layout.on_engines("weights_version")
     found = layout.rollout(prompts(layout), 7, version)
     layout.sleep()
-    rewards = [float(rlhf_grpo.reward(None, sample["tokens"])) for sample in found]
-    shares = rlhf_grpo.advantages(rewards, layout.config.group_size)
+    rewards = [float(grpo.reward(None, sample["tokens"])) for sample in found]
+    shares = grpo.advantages(rewards, layout.config.group_size)
     return [sample | {"advantage": share} for sample, share in zip(found, shares, strict=True)]
 
 
