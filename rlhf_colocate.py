@@ -31,7 +31,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
@@ -93,6 +92,17 @@ PROMPTS = [
 ]
 
 
+def reward(prompt: str | list[int], completion: str | list[int]) -> float:
+    """Share of the completion's words that begin with a capital letter: Title Case, checked without any model.
+
+    For models without a tokenizer (token ids in place of text): share of the ids that are multiples of 8.
+    """
+    if isinstance(completion, str):
+        words = [w for w in completion.split() if w[0].isalpha()]
+        return sum(w[0].isupper() for w in words) / max(len(words), 4)  # a short answer does not get around it
+    return sum(t % 8 == 0 for t in completion) / len(completion)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The two kinds of actors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +126,7 @@ def traced(method):
 
 
 class RayTrainingActor:
-    """A trainer: one full replica of the model on its share of a GPU. `grpo.Learner` is its optimizer."""
+    """A trainer: one full replica of the model on its share of a GPU. `Learner` is its optimizer."""
 
     def __init__(self, model: str, load_format: str, dtype: str, seed: int, device: str):
         import torch
@@ -159,33 +169,15 @@ class RayTrainingActor:
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
     def build_learner(
-        self,
-        rank: int,
-        world: int,
-        address: str,
-        patience_s: float,
-        resume: str | None,
-        learning_rate: float | None,
-        options: dict,
+        self, rank: int, addresses: list[str], timeout_s: float, resume: str | None, options: dict
     ) -> int:
-        """Make the optimizer, and the process group of all trainers. Returns how many steps it has done before.
+        """Meet the other trainers, and make the optimizer. Returns how many steps it has done before."""
+        from colocate.learner import Learner, join_group
 
-        patience_s: of the process group, with trainers that are late for an all-reduce.
-        """
-        import torch
-
-        from colocate import grpo
-
-        if world > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            ranks = {"rank": rank, "world_size": world, "timeout": datetime.timedelta(seconds=patience_s)}
-            torch.distributed.init_process_group(backend, f"tcp://{address}", **ranks)
-        # Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466).
-        default = min(1e-2, 2.56 / self.model.get_input_embeddings().embedding_dim) if self.random_weights else 1e-5
-        rate = default if learning_rate is None else learning_rate
-        self.learner = grpo.Learner(self.model, rate, **options)
+        join_group(rank, addresses, timeout_s, self.device)
+        self.learner = Learner(self.model, self.random_weights, **options)
         if resume:
-            self.learner.load(Path(resume), learning_rate)
+            self.learner.load(Path(resume), options["learning_rate"])
         return self.learner.steps
 
     def free_address(self) -> str:
@@ -760,14 +752,14 @@ class Colocation:
 
         resume: the folder of the checkpoint to go on from.
         """
-        config, world = self.config, len(self.trainers)
-        options = {"clip_range": config.clip_range, "kl_coef": config.kl_coef}
+        config = self.config
+        options = {"learning_rate": config.learning_rate, "clip_range": config.clip_range, "kl_coef": config.kl_coef}
         options |= {"micro_batch_size": config.micro_batch_size, "offload": config.offload_optimizer}
-        (address,) = self.ask(self.trainers[:1], "free_address")
+        addresses = self.on_trainers("free_address")
         # The driver is to say who is late, before the process group ends those who wait for them.
-        patience_s = self.limits.get("train", config.timeout) + 60
-        rest = (world, address, patience_s, resume and str(resume), config.learning_rate, options)
-        return self.ask(self.trainers, "build_learner", each=[(rank, *rest) for rank in range(world)])[0]
+        timeout_s = self.limits.get("train", config.timeout) + 60
+        rest = (addresses, timeout_s, resume and str(resume), options)
+        return self.ask(self.trainers, "build_learner", each=[(rank, *rest) for rank in range(len(addresses))])[0]
 
     def generate(self, prompts: list) -> list[list[dict]]:
         """Greedy completions of all prompts by each engine (see `MyLLM.generate`)."""
@@ -1186,7 +1178,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
                 with phase("reward"):
                     for i, sample in enumerate(samples):
                         sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                        sample["reward"] = float(grpo.reward(prompts[i // config.group_size], sample["completion"]))
+                        sample["reward"] = float(reward(prompts[i // config.group_size], sample["completion"]))
                     rewards = [s["reward"] for s in samples]
                     shares = grpo.advantages(rewards, config.group_size)
                     samples = [s | {"advantage": a} for s, a in zip(samples, shares, strict=True)]

@@ -231,7 +231,7 @@ DRILLS = {
         fault="a reward that is NaN",
         expected="the step is refused, with the weights unchanged",
         moment="learn",
-        says="FAIL: .*found a gradient norm of nan",
+        says="FAIL: .*a gradient norm of nan",
         code=FAIL,
     ),
     "nan-weight": Drill(

@@ -138,7 +138,7 @@ def check_resume(config: Config, parameters: int) -> None:
 
 
 def load_trainer_state(file: Path) -> dict:
-    """What `grpo.Learner.save` wrote; tensors stay in the file until they are used."""
+    """What `Learner.save` wrote; tensors stay in the file until they are used."""
     import torch
 
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

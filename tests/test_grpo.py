@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from running import deadline
 torch = pytest.importorskip("torch")
 
 from colocate import grpo  # noqa: E402
+from colocate.learner import Learner, default_learning_rate, join_group  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,19 +45,11 @@ def samples(n: int = 8) -> list[dict]:
 
 def learner(**options):
     defaults = {"learning_rate": 1e-2, "clip_range": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False}
-    return grpo.Learner(tiny(), **defaults | options)
+    return Learner(tiny(), **defaults | options)
 
 
 def total(found: list[dict]) -> int:
     return sum(len(s["tokens"]) for s in found)
-
-
-def test_rewards():
-    assert grpo.reward("x", "All Words Begin Upper Case") == 1
-    assert grpo.reward("x", "one Two three Four") == 0.5
-    assert grpo.reward("x", "A") == 0.25, "one word is not a way around it"
-    assert grpo.reward("x", "") == 0
-    assert grpo.reward([1], [8, 16, 3, 5]) == 0.5
 
 
 def test_advantages_are_normalised_within_each_group():
@@ -130,12 +124,13 @@ REPLICA = """
 import json, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
+from colocate.learner import join_group
 from test_grpo import learner, samples, total
-rank, world = int(sys.argv[1]), 3
+rank, addresses = int(sys.argv[1]), sys.argv[2].split(",")
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", "file://" + sys.argv[2], rank=rank, world_size=world)
+join_group(rank, addresses, 120, torch.device("cpu"))
 found, it = samples(), learner()
-numbers = it.step(found[rank::world], total(found))
+numbers = it.step(found[rank :: len(addresses)], total(found))
 torch.save([p for p in it.model.parameters()], f"{{sys.argv[3]}}/{{rank}}.pt")
 print(json.dumps(numbers))
 """
@@ -143,7 +138,10 @@ print(json.dumps(numbers))
 
 def test_three_replicas_do_what_one_process_does_with_the_whole_batch(tmp_path):
     script = REPLICA.format(root=str(ROOT))
-    args = [str(tmp_path / "store"), str(tmp_path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    args = [",".join([address] * 3), str(tmp_path)]
     commands = [[sys.executable, "-c", script, str(rank), *args] for rank in range(3)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     outputs = [p.communicate(timeout=deadline(120)) for p in running]
@@ -165,11 +163,25 @@ def test_a_checkpoint_knows_whether_it_has_starting_weights(tmp_path):
     found, it = samples(), learner(kl_coef=0.1)
     it.step(found, total(found))
     it.save(tmp_path)
-    with pytest.raises(ValueError, match="a run with --kl-coef"):
+    with pytest.raises(ValueError, match="Give the same --kl-coef again"):
         learner().load(tmp_path)
     other = learner(kl_coef=0.1)
     other.load(tmp_path)
     assert it.step(found, total(found)) == other.step(found, total(found))
+
+
+def test_one_trainer_needs_no_process_group():
+    join_group(0, ["nowhere:1"], 1, torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+
+
+def test_random_weights_learn_faster_unless_a_rate_is_given():
+    model = tiny()
+    assert default_learning_rate(model, random_weights=False) == 1e-5
+    assert default_learning_rate(model, random_weights=True) == 1e-2, "a hidden size of 32"
+    options = {"clip_range": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False}
+    rates = [Learner(model, True, learning_rate=rate, **options).optimizer.defaults["lr"] for rate in (None, 3e-4)]
+    assert rates == [1e-2, 3e-4]
 
 
 def test_learning_rate_zero_moves_nothing():

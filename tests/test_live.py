@@ -41,7 +41,7 @@ def samples(layout: Shared) -> list[dict]:
     (version,) = layout.on_engines("weights_version")
     found = layout.rollout(prompts(layout), 7, version)
     layout.sleep()
-    rewards = [float(grpo.reward(None, sample["tokens"])) for sample in found]
+    rewards = [float(rc.reward(None, sample["tokens"])) for sample in found]
     shares = grpo.advantages(rewards, layout.config.group_size)
     return [sample | {"advantage": share} for sample, share in zip(found, shares, strict=True)]
 
