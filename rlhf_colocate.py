@@ -48,7 +48,6 @@ from colocate.cluster import ENDING, Cluster, interrupts_deferred, make_temporar
 from colocate.config import (
     FAIL,
     INTERRUPTED,
-    LONGEST_PROMPT,
     MISSING,
     PASS,
     USAGE,
@@ -60,6 +59,7 @@ from colocate.config import (
 from colocate.memory import MAX_NUM_SEQS, rehearsal_kv_bytes
 from colocate.model_folder import BESIDE, Model, describe_loading
 from colocate.preflight import describe_failed_save, preflight
+from colocate.tasks import Task
 from colocate.watch import kill
 from rlhf_faults import (
     Lost,
@@ -92,15 +92,10 @@ PROMPTS = [
 ]
 
 
-def reward(prompt: str | list[int], completion: str | list[int]) -> float:
-    """Share of the completion's words that begin with a capital letter: Title Case, checked without any model.
-
-    For models without a tokenizer (token ids in place of text): share of the ids that are multiples of 8.
-    """
-    if isinstance(completion, str):
-        words = [w for w in completion.split() if w[0].isalpha()]
-        return sum(w[0].isupper() for w in words) / max(len(words), 4)  # a short answer does not get around it
-    return sum(t % 8 == 0 for t in completion) / len(completion)
+def reward(prompt: str, completion: str) -> float:
+    """Share of the completion's words that begin with a capital letter: Title Case, checked without any model."""
+    words = [w for w in completion.split() if w[0].isalpha()]
+    return sum(w[0].isupper() for w in words) / max(len(words), 4)  # a short answer does not get around it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,6 +483,7 @@ class Colocation:
         self.config, self.rehearsal = config, rehearsal
         self.model, self.load_format, self.architecture = model.folder, model.load_format, model.architecture
         self.model_config, self.has_tokenizer = model.config, model.has_tokenizer
+        self.task = Task(config, model, PROMPTS, reward)
         self.group = None
         self.trainers: list = []
         self.engines: list = []
@@ -1083,9 +1079,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
             report["connect"] = connect = colocation.connect()
         log("push", describe_connect(connect))
 
-    prompts = PROMPTS
-    if not colocation.has_tokenizer:
-        prompts = token_prompts(colocation.model_config, config.seed, len(PROMPTS), LONGEST_PROMPT)
+    prompts = colocation.task.proof_prompts()
     with colocation.stage("rollout"):
         before = colocation.generate(prompts)
         colocation.on_workers("record_weights")
@@ -1121,7 +1115,7 @@ def run(config: Config, log: Log, report: dict, colocation: Colocation) -> None:
     after = colocation.generate(prompts)
     for i, (old, new) in enumerate(zip(before[0], after[0], strict=True)):
         samples = {k: o["text"] or o["tokens"] for k, o in (("before", old), ("after", new))}
-        report.setdefault("learned", []).append({"prompt": prompts[i], **samples})
+        report.setdefault("learned", []).append({"prompt": colocation.task.text(prompts[i]), **samples})
     first, last = report["steps"][0], report["steps"][-1]
     log("step", f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}")
     if losses := report["losses"]:
@@ -1141,7 +1135,7 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
     """
     from colocate import grpo
 
-    last, version, seconds = done + config.steps, 2, {}
+    last, version, seconds, task = done + config.steps, 2, {}, colocation.task
     report["steps"], report["losses"] = rows, losses = [], []
 
     @contextlib.contextmanager
@@ -1168,17 +1162,17 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
             if trained < step:
                 seconds.clear()
                 memory: list[float] = []
-                prompts = step_prompts(config, colocation, step)
+                prompts = task.prompts(step)
                 with phase("rollout"):
-                    samples = colocation.rollout(prompts, 1_000_000 * (1000 * config.seed + step), version)
+                    samples = colocation.rollout([p.token_ids for p in prompts], task.seed(step), version)
                     memory.append(colocation.gpu_used_gib())
                 with phase("sleep"):
                     colocation.sleep()
                     memory.append(colocation.gpu_used_gib())
                 with phase("reward"):
                     for i, sample in enumerate(samples):
-                        sample["completion"] = sample["text"] if colocation.has_tokenizer else sample["tokens"]
-                        sample["reward"] = float(reward(prompts[i // config.group_size], sample["completion"]))
+                        sample["completion"] = task.text(sample["tokens"])
+                        sample["reward"] = task.reward(prompts[i // config.group_size], sample["tokens"])
                     rewards = [s["reward"] for s in samples]
                     shares = grpo.advantages(rewards, config.group_size)
                     samples = [s | {"advantage": a} for s, a in zip(samples, shares, strict=True)]
@@ -1216,20 +1210,6 @@ def learn(config: Config, log: Log, report: dict, colocation: Colocation, done: 
         log("step", describe_step(row, last))
         note(rows[-1])
         step += 1
-
-
-def step_prompts(config: Config, colocation: Colocation, step: int) -> list:
-    """The prompts of a step: in turns from PROMPTS, or seeded token ids for a model without a tokenizer."""
-    n = config.prompts_per_step
-    if colocation.has_tokenizer:
-        return [PROMPTS[(step * n + i) % len(PROMPTS)] for i in range(n)]
-    return token_prompts(colocation.model_config, f"{config.seed} {step}", n, 16)
-
-
-def token_prompts(model_config: dict, seed: int | str, count: int, length: int) -> list[list[int]]:
-    """For a model without a tokenizer: seeded token ids."""
-    rng, text = random.Random(seed), model_config.get("text_config", model_config)
-    return [[rng.randrange(10, text["vocab_size"]) for _ in range(length)] for _ in range(count)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import math
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 # Stages that wait for actors.
 STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint", "recover")
-LONGEST_PROMPT = 48  # tokens, of those that the script brings along
+LONGEST_PROMPT = 48  # tokens, of those that stand in the script
 DEFAULT_MODEL = "facebook/opt-125m"
 # fault -> (what is done, the check that must fail)
 FAULTS = {
@@ -81,6 +81,13 @@ class Config:
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
     steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone", at_least=0)
+    prompts: str | None = flag(
+        None, 'file of prompts in place of the script\'s: a JSON object a line, with "prompt" and any other keys'
+    )
+    reward: str | None = flag(
+        None,
+        "FILE.py:FUNCTION in place of the script's: called with (prompt, completion), and with row=, if it takes it",
+    )
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines", at_least=1)
     group_size: int = flag(8, "completions per prompt", at_least=1)
     learning_rate: float | None = flag(
@@ -125,6 +132,11 @@ class Config:
     @property
     def num_engines(self) -> int:
         return self.num_gpus // self.tensor_parallel_size
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
+        return self.max_model_len - self.max_tokens if self.prompts else LONGEST_PROMPT
 
     @staticmethod
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:
@@ -204,11 +216,12 @@ def stage_timeouts(config: Config) -> dict[str, float]:
 
 def check_loop(config: Config) -> None:
     """Raise Stop(USAGE) for an RLHF loop that cannot run, and for flags that do not go together."""
-    refuse_unless(
-        config.max_tokens + LONGEST_PROMPT <= config.max_model_len,
-        f"--max-model-len {config.max_model_len} is too short for prompts of {LONGEST_PROMPT} tokens and --max-tokens "
-        f"{config.max_tokens}. Try: --max-model-len {config.max_tokens + LONGEST_PROMPT}",
-    )
+    # Those of --prompts are measured later, with the tokenizer.
+    shortest = 1 if config.prompts else LONGEST_PROMPT
+    what = "a prompt" if config.prompts else f"prompts of {LONGEST_PROMPT} tokens"
+    message = f"--max-model-len {config.max_model_len} is too short for {what} and --max-tokens {config.max_tokens}"
+    fix = f"Try: --max-model-len {config.max_tokens + LONGEST_PROMPT}"
+    refuse_unless(config.max_tokens + shortest <= config.max_model_len, f"{message}. {fix}")
     if config.resume:
         refuse_unless(config.model is None, "--resume brings its own model. Leave --model out")
         refuse_unless(config.load_format != "dummy", "--resume reads its weights from files. Leave --load-format out")

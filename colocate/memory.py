@@ -55,7 +55,7 @@ def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
 
     In blocks of 128 tokens, one more than a sequence fills. Windows do not count: vLLM may keep whole sequences.
     """
-    tokens = 128 * (-(-(config.max_tokens + LONGEST_PROMPT) // 128) + 1)
+    tokens = 128 * (-(-(config.max_tokens + config.longest_prompt) // 128) + 1)
     whole = model_config | {"sliding_window": None}
     return max(64 * 2**20, MAX_NUM_SEQS * kv_bytes(config, whole, tokens))
 

@@ -23,6 +23,7 @@ from colocate.cluster import available_memory_mib, check_environment, require_wr
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes
 from colocate.model_folder import Model, check_model
+from colocate.tasks import check_task
 
 if TYPE_CHECKING:
     from rlhf_report import Log
@@ -319,6 +320,7 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Co
         check_layout(config)
         check_loop(config)
         check_outputs(config)
+        check_task(config)
         own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
         if own_ray:
             check_environment(processes=2 * config.num_gpus + config.num_engines)

@@ -16,7 +16,7 @@ from running import require_proof
 
 import rlhf_colocate as rc
 from benchmarks import drills
-from colocate import grpo
+from colocate import grpo, tasks
 from colocate.config import FAULTS
 from rlhf_faults import Lost, recover, rescue
 
@@ -33,7 +33,7 @@ def refused(function, *args) -> str:
 
 
 def prompts(layout: Shared) -> list[list[int]]:
-    return rc.token_prompts(layout.model_config, 0, 4, 16)
+    return tasks.token_prompts(layout.model_config, 0, 4, 16)
 
 
 def samples(layout: Shared) -> list[dict]:
@@ -41,7 +41,7 @@ def samples(layout: Shared) -> list[dict]:
     (version,) = layout.on_engines("weights_version")
     found = layout.rollout(prompts(layout), 7, version)
     layout.sleep()
-    rewards = [float(rc.reward(None, sample["tokens"])) for sample in found]
+    rewards = [tasks.multiples_of_8(sample["tokens"]) for sample in found]
     shares = grpo.advantages(rewards, layout.config.group_size)
     return [sample | {"advantage": share} for sample, share in zip(found, shares, strict=True)]
 
