@@ -40,7 +40,6 @@ class Task:
         """
         self.config = config
         self.model = model
-        self.tokenizer = None
         self.stop_token_ids: list[int] = []  # for engines that have no tokenizer
         if not model.has_tokenizer:
             refuse_text(config)
@@ -58,23 +57,23 @@ class Task:
         encoded = self.tokenizer(texts)["input_ids"]  # with special tokens, as vLLM encodes a prompt
         check_lengths(config, dict(zip(rows, map(len, encoded), strict=True)))
         self.dataset = [Prompt(*parts) for parts in zip(encoded, texts, rows.values(), strict=True)]
-        self.score = load_reward(config.reward) if config.reward else Reward(reward, "reward")
+        self.reward_function = load_reward(config.reward) if config.reward else Reward(reward, "reward")
 
     def proof_prompts(self) -> list[list[int]]:
         """Token ids of the first four prompts, for the proof of the push."""
-        if self.tokenizer:
+        if self.model.has_tokenizer:
             return [prompt.token_ids for prompt in self.dataset[:4]]
         return token_prompts(self.model.config, self.config.seed, 4, LONGEST_PROMPT)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The --prompts-per-step prompts of a step, in turns: the same for the same step, whatever came before."""
         n = self.config.prompts_per_step
-        if self.tokenizer:
+        if self.model.has_tokenizer:
             return [self.dataset[(step * n + i) % len(self.dataset)] for i in range(n)]
         return [Prompt(ids) for ids in token_prompts(self.model.config, f"{self.config.seed} {step}", n, 16)]
 
     def seed(self, step: int) -> int:
-        """The sampler's for this step. Completions count up from it, so steps and runs are far apart."""
+        """Of the sampler in this step. Each completion adds its number, so seeds of steps and runs are far apart."""
         return 1_000_000 * (1000 * self.config.seed + step)
 
     def reward(self, prompt: Prompt, tokens: list[int]) -> float:
@@ -82,10 +81,10 @@ class Task:
 
         Raises Stop, with the function and the prompt named, if it raises an error or returns no finite number.
         """
-        if not self.tokenizer:
+        if not self.model.has_tokenizer:
             return multiples_of_8(tokens)
         try:
-            return self.score(prompt, self.text(tokens))
+            return self.reward_function(prompt, self.text(tokens))
         except Stop as stop:
             if self.config.verbose and stop.__cause__:
                 traceback.print_exception(stop.__cause__)
@@ -94,15 +93,15 @@ class Task:
     def text(self, tokens: list[int]) -> str | list[int]:
         """A completion as vLLM would decode it; the ids themselves for a model without a tokenizer.
 
-        That is without special tokens, with the space that may lie before its first word (of which a decoder that
-        starts there knows nothing), and without a last character that is not complete.
+        That is without special tokens, and without a last character that is not complete. The tokens are decoded after
+        a letter, as part of a text: at the beginning of one, some decoders drop a space.
         """
-        if not self.tokenizer:
+        if not self.model.has_tokenizer:
             return tokens
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        start = len(self.tokenizer.decode(before, **options))
-        return self.tokenizer.decode([*before, *tokens], **options)[start:].rstrip("\N{REPLACEMENT CHARACTER}")
+        letter = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = len(self.tokenizer.decode(letter, **options))
+        return self.tokenizer.decode([*letter, *tokens], **options)[start:].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def read_prompts(path: str) -> dict[str, dict]:
     try:
         lines = Path(path).expanduser().read_bytes().splitlines()
     except OSError as error:
-        raise Stop(f"--prompts {path} cannot be read: {error.strerror}. Give a file. {hint}", USAGE) from None
+        raise Stop(f"--prompts {path} cannot be read: {error.strerror}. Give another file. {hint}", USAGE) from None
     rows = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -177,7 +176,7 @@ def check_lengths(config: Config, lengths: dict[str, int]) -> None:
     lengths: {place of a prompt: tokens}.
     """
     empty = next((place for place, length in lengths.items() if not length), "")
-    refuse_unless(not empty, f"{empty} is an empty prompt. Write something, or take it out")
+    refuse_unless(not empty, f"{empty} is an empty prompt, without a token. Take it out")
     longest = max(lengths, key=lengths.get)
     length = lengths[longest]
     room = f"the script's own may have {LONGEST_PROMPT}. Put it into a file, and try: --prompts FILE.jsonl"
@@ -188,7 +187,7 @@ def check_lengths(config: Config, lengths: dict[str, int]) -> None:
 
 
 class Reward:
-    """The user's function, called with a prompt and a completion, and with the prompt's row, if it takes `row`."""
+    """A function of (prompt, completion), or of (prompt, completion, row). Messages about it name it."""
 
     def __init__(self, function: Callable[..., float], name: str):
         """name: for messages. Raises Stop(USAGE) if the function cannot be called in this way."""
