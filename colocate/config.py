@@ -95,7 +95,18 @@ class Config:
     )
     clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability", above=0)
     kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
-    micro_batch_size: int = flag(8, "sequences per forward and backward pass of a training actor", at_least=1)
+    tokens_per_micro_batch: int | None = flag(
+        None,
+        "tokens per forward and backward pass of a training actor, at most (default: found from free GPU memory)",
+        type=int,
+        at_least=1,
+    )
+    micro_batch_size: int | None = flag(
+        None, "sequences per forward and backward pass, at most (default: no bound)", type=int, at_least=1
+    )
+    gradient_checkpointing: bool = flag(
+        False, "keep only the inputs of layers for the backward pass: a third more arithmetic, much less memory"
+    )
     sleep_level: int = flag(
         2,
         "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing",

@@ -1,16 +1,20 @@
-"""GRPO: advantages within groups, and the clipped loss over a micro-batch. Knows neither optimizers nor Ray.
+"""GRPO: advantages within groups, micro-batches, and the clipped loss. Knows neither models, optimizers nor Ray.
 
 The advantages are DeepSeekMath's (https://arxiv.org/abs/2402.03300). The loss is averaged over all tokens of the step,
 as in DAPO (https://arxiv.org/abs/2503.14476).
 
-Shapes in names: B sequences of a micro-batch, L tokens of the longest of them, T = L - 1 predictions (of token t + 1 at
-t), V vocabulary.
+Shapes in names: B rows of a micro-batch, L tokens of a row, S sequences, N tokens of completions.
 A sample is {"prompt": [ids], "tokens": [ids], "logprobs": [nats, the sampler's, one for each of tokens], "advantage"}.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import torch
+
+MOST_PADDING = 0.1  # of the tokens that are computed, where sequences cannot be packed
 
 
 def advantages(rewards: list[float], group_size: int) -> list[float]:
@@ -23,67 +27,122 @@ def advantages(rewards: list[float], group_size: int) -> list[float]:
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def collate(samples: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of samples: ids and attention int64, the others float32.
+def length(sample: dict) -> int:
+    return len(sample["prompt"]) + len(sample["tokens"])
 
-    mask_BT is 1 where a token of the completion is predicted.
+
+def micro_batches(samples: list[dict], tokens: int, sequences: int | None, packed: bool) -> list[list[dict]]:
+    """Samples in micro-batches of at most so many computed tokens and sequences; a longer sequence has its own.
+
+    packed: as few micro-batches as hold them, about equally full. Otherwise rows of nearly equal length, of which at
+    most MOST_PADDING is padding. The same samples always give the same micro-batches.
     """
-    B = len(samples)
-    L = max(len(s["prompt"]) + len(s["tokens"]) for s in samples)
-    batch = {
-        "ids_BL": torch.zeros(B, L, dtype=torch.int64),
-        "attention_BL": torch.zeros(B, L, dtype=torch.int64),
-        "mask_BT": torch.zeros(B, L - 1),
-        "sampler_BT": torch.zeros(B, L - 1),
-        "advantage_B1": torch.tensor([[s["advantage"]] for s in samples], dtype=torch.float32),
-    }
-    for b, s in enumerate(samples):
-        start = len(s["prompt"])
-        end = start + len(s["tokens"])
-        batch["ids_BL"][b, :end] = torch.tensor([*s["prompt"], *s["tokens"]])
-        batch["attention_BL"][b, :end] = 1
-        batch["mask_BT"][b, start - 1 : end - 1] = 1
-        batch["sampler_BT"][b, start - 1 : end - 1] = torch.tensor(s["logprobs"])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    by_length = sorted(samples, key=length, reverse=True)
+    most = sequences or len(samples)
+    if not packed:
+        found: list[list[dict]] = []
+        for sample in by_length:
+            rows = [*found[-1], sample] if found else [sample]
+            computed = len(rows) * length(rows[0])
+            padding = computed - sum(map(length, rows))
+            if found and len(rows) <= most and computed <= tokens and padding <= MOST_PADDING * computed:
+                found[-1] = rows
+            else:
+                found.append([sample])
+        return found
+    fewest = max(-(-sum(map(length, samples)) // tokens), -(-len(samples) // most))
+    for count in range(fewest, len(samples)):
+        parts: list[list[dict]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for sample in by_length:  # each to the emptiest
+            i = min((i for i in range(count) if len(parts[i]) < most), key=lambda i: sizes[i])
+            parts[i].append(sample)
+            sizes[i] += length(sample)
+        if max(sizes) <= tokens:
+            return parts
+    return [[sample] for sample in by_length]
 
 
-def token_logprobs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, T) float32, nats: log-probability of each token but the first given those before it, at temperature 1."""
-    logits_BTV = model(input_ids=batch["ids_BL"], attention_mask=batch["attention_BL"], use_cache=False).logits[:, :-1]
-    targets_BT1 = batch["ids_BL"][:, 1:, None]
-    return logits_BTV.float().log_softmax(-1).gather(2, targets_BT1)[..., 0]
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Packed: one row, the sequences one after the other. Otherwise a row for each, padded on the right.
+
+    positions_BL: int64, from 0 in each sequence. attention_BL: int64, 1 for tokens and 0 for padding; None if packed.
+    ends_S1: int32, 0 and then the end of each sequence; longest: tokens of the longest one.
+    The others are of the tokens of completions: predictors_N: int64, which of the B * L tokens comes before; targets_N:
+    int64, its id; sampler_N: float32, nats, the sampler's log-probability; advantage_N: float32.
+    """
+
+    ids_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    attention_BL: torch.Tensor | None
+    ends_S1: torch.Tensor
+    longest: int
+    predictors_N: torch.Tensor
+    targets_N: torch.Tensor
+    sampler_N: torch.Tensor
+    advantage_N: torch.Tensor
+
+
+def collate(samples: list[dict], device: torch.device, packed: bool) -> Batch:
+    """The micro-batch of these samples, on the device."""
+    lengths = [length(s) for s in samples]
+    longest = max(lengths)
+    ends = [0, *itertools.accumulate(lengths)]
+    starts = ends[:-1] if packed else range(0, len(samples) * longest, longest)
+    shape = (1, ends[-1]) if packed else (len(samples), longest)
+    ids_BL = torch.zeros(shape, dtype=torch.int64)
+    positions_BL = torch.zeros(shape, dtype=torch.int64)
+    attention_BL = torch.zeros(shape, dtype=torch.int64)
+    predictors = []
+    for sample, start in zip(samples, starts, strict=True):
+        end = start + length(sample)
+        ids_BL.view(-1)[start:end] = torch.tensor([*sample["prompt"], *sample["tokens"]])
+        positions_BL.view(-1)[start:end] = torch.arange(end - start)
+        attention_BL.view(-1)[start:end] = 1
+        predictors.append(torch.arange(start + len(sample["prompt"]) - 1, end - 1))
+    predictors_N = torch.cat(predictors)
+    counts_S = torch.tensor([len(s["tokens"]) for s in samples])
+    advantage_S = torch.tensor([s["advantage"] for s in samples], dtype=torch.float32)
+    return Batch(
+        ids_BL=ids_BL.to(device),
+        positions_BL=positions_BL.to(device),
+        attention_BL=None if packed else attention_BL.to(device),
+        ends_S1=torch.tensor(ends, dtype=torch.int32).to(device),
+        longest=longest,
+        predictors_N=predictors_N.to(device),
+        targets_N=ids_BL.view(-1)[predictors_N + 1].to(device),
+        sampler_N=torch.tensor([x for s in samples for x in s["logprobs"]], dtype=torch.float32).to(device),
+        advantage_N=advantage_S.repeat_interleave(counts_S).to(device),
+    )
 
 
 def grpo_loss(
-    logprobs_BT: torch.Tensor,
-    batch: dict[str, torch.Tensor],
+    logprobs_N: torch.Tensor,
+    sampler_N: torch.Tensor,
+    advantage_N: torch.Tensor,
     total_tokens: int,
     clip_range: float,
-    reference_BT: torch.Tensor | None = None,
+    reference_N: torch.Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy-gradient loss, summed over this micro-batch's tokens and divided by those of the whole step.
+    """Clipped policy-gradient loss, summed over these tokens and divided by those of the whole step.
 
-    So the losses, and the gradients, of all micro-batches on all replicas add up to those of one big batch.
+    So the losses, and the gradients, of all parts of micro-batches on all replicas add up to those of one big batch.
     With one optimizer step per rollout the ratio differs from 1 only where trainer and sampler compute differently, and
     the clip bounds what such tokens can do. Returns (loss, sums over tokens for the metrics). KL is the estimator
     r - log r - 1 with r = reference / policy, which is never negative (http://joschu.net/blog/kl-approx.html).
     """
-    mask_BT = batch["mask_BT"]
-    log_ratio_BT = (logprobs_BT - batch["sampler_BT"]) * mask_BT
-    ratio_BT = log_ratio_BT.exp()
-    plain_BT = ratio_BT * batch["advantage_B1"]
-    clipped_BT = ratio_BT.clamp(1 - clip_range, 1 + clip_range) * batch["advantage_B1"]
-    objective_BT = torch.minimum(plain_BT, clipped_BT)
-    sums = {
-        "logprob_gap": log_ratio_BT.abs(),
-        "ratio": ratio_BT * mask_BT,
-        "clipped": (clipped_BT < plain_BT) * mask_BT,
-    }
-    if reference_BT is not None:
-        log_r_BT = (reference_BT - logprobs_BT) * mask_BT
-        kl_BT = log_r_BT.exp() - log_r_BT - 1
-        objective_BT = objective_BT - kl_coef * kl_BT
-        sums["kl"] = kl_BT
-    loss = -(objective_BT * mask_BT).sum() / total_tokens
+    log_ratio_N = logprobs_N - sampler_N
+    ratio_N = log_ratio_N.exp()
+    plain_N = ratio_N * advantage_N
+    clipped_N = ratio_N.clamp(1 - clip_range, 1 + clip_range) * advantage_N
+    objective_N = torch.minimum(plain_N, clipped_N)
+    sums = {"logprob_gap": log_ratio_N.abs(), "ratio": ratio_N, "clipped": clipped_N < plain_N}
+    if reference_N is not None:
+        log_r_N = reference_N - logprobs_N
+        kl_N = log_r_N.exp() - log_r_N - 1
+        objective_N = objective_N - kl_coef * kl_N
+        sums["kl"] = kl_N
+    loss = -objective_N.sum() / total_tokens
     return loss, {name: x.detach().sum() for name, x in sums.items()}

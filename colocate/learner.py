@@ -13,9 +13,22 @@ from pathlib import Path
 
 import torch
 
-from colocate.grpo import collate, grpo_loss, token_logprobs
+from colocate.attention import VARLEN
+from colocate.grpo import Batch, collate, grpo_loss, micro_batches
+from colocate.logprobs import (
+    CHUNK_BYTES,
+    checkpoint_layers,
+    chunk_tokens,
+    find_route,
+    logprobs_of,
+    states,
+    token_logprobs,
+)
 
 STATE_FILE = "trainer_state.pt"  # beside a Hugging Face checkpoint: what `Learner` needs to go on
+ENOUGH_TOKENS = 8192  # in a micro-batch: with more, a GPU is no busier
+MASKED_TOKENS = 2048  # the same where attention takes a mask, whose cost grows with the square of the tokens
+CPU_TOKENS = 1024
 
 
 def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.device) -> None:
@@ -56,20 +69,31 @@ class Learner:
         learning_rate: float | None,
         clip_range: float,
         kl_coef: float,
-        micro_batch_size: int,
         offload: bool,
+        tokens_per_micro_batch: int | None = None,
+        micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
     ):
-        """learning_rate: None for the default. kl_coef: above 0 it keeps a copy of the model as it is now."""
+        """learning_rate: None for the default. kl_coef: above 0 it keeps a copy of the model as it is now.
+
+        tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
+        sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
+        `logprobs.find_route`), or if it has no gradient checkpointing and that is asked for.
+        """
         self.model = model
         self.offload = offload
         self.clip_range = clip_range
         self.kl_coef = kl_coef
+        self.tokens_per_micro_batch = tokens_per_micro_batch
         self.micro_batch_size = micro_batch_size
         self.steps = 0
         self.metrics: dict[str, float] = {}  # what the last step returned
         self.parameters = list(model.parameters())  # tied weights come once
         self.device = self.parameters[0].device
+        self.route = find_route(model)
         self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
+        if gradient_checkpointing:
+            checkpoint_layers(model)
         self.masters = [p.detach().float().clone() for p in self.parameters]
         if learning_rate is None:
             learning_rate = default_learning_rate(model, random_weights)
@@ -90,18 +114,16 @@ class Learner:
         gradient = torch.zeros(sum(sizes), device=self.device)
         for master, part in zip(self.masters, gradient.split(sizes), strict=True):
             master.grad = part.view(master.shape)
+        if self.tokens_per_micro_batch is None:
+            self.tokens_per_micro_batch = self._fitting_tokens()
+        packed = self.route.packed
+        parts = micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed)
+        # All are brought to the GPU before it has work: a copy from the host waits for what it does at the time.
+        batches = [collate(part, self.device, packed) for part in parts]
         totals: dict[str, torch.Tensor] = {}
-        for i in range(0, len(samples), self.micro_batch_size):
-            batch = collate(samples[i : i + self.micro_batch_size], self.device)
-            reference_BT = None
-            if self.reference:
-                with torch.no_grad():
-                    reference_BT = token_logprobs(self.reference, batch)
-            logprobs_BT = token_logprobs(self.model, batch)
-            loss, sums = grpo_loss(logprobs_BT, batch, total_tokens, self.clip_range, reference_BT, self.kl_coef)
-            loss.backward()
-            for name, value in (sums | {"loss": loss.detach() * total_tokens}).items():
-                totals[name] = totals.get(name, 0) + value.double()
+        for batch in batches:
+            for name, value in self._add_gradient(batch, total_tokens).items():
+                totals[name] = totals.get(name, 0) + value
         numbers = torch.stack([totals[name] for name in sorted(totals)])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
@@ -121,11 +143,53 @@ class Learner:
             raise ValueError(f"the step has a gradient norm of {norm}, so the weights were left unchanged. {fix}")
         return self.metrics
 
+    def _add_gradient(self, batch: Batch, total_tokens: int) -> dict[str, torch.Tensor]:
+        """Forward and backward pass of a micro-batch. Returns float64 sums over its tokens, for the metrics.
+
+        The head goes forward and back with one chunk of tokens at a time, so only one chunk's logits exist. The
+        gradients at its inputs are put together, and go back through the rest of the model at once.
+        """
+        whole_NH = states(self.model, batch, self.route)
+        n = chunk_tokens(self.model)
+        chunks = [chunk.detach().requires_grad_() for chunk in whole_NH.split(n)]
+        columns = [batch.targets_N.split(n), batch.sampler_N.split(n), batch.advantage_N.split(n)]
+        references = [None] * len(chunks)
+        if self.reference:
+            references = logprobs_of(self.reference, batch, self.route).split(n)
+        totals: dict[str, torch.Tensor] = {}
+        for states_nH, targets_n, sampler_n, advantage_n, reference_n in zip(chunks, *columns, references, strict=True):
+            logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route)
+            rest = (total_tokens, self.clip_range, reference_n, self.kl_coef)
+            loss, sums = grpo_loss(logprobs_n, sampler_n, advantage_n, *rest)
+            loss.backward()
+            for name, value in (sums | {"loss": loss.detach() * total_tokens}).items():
+                totals[name] = totals.get(name, 0) + value.double()
+        whole_NH.backward(torch.cat([chunk.grad for chunk in chunks]))
+        return totals
+
+    def _fitting_tokens(self) -> int:
+        """How many tokens a micro-batch may have: what half of the free GPU memory holds of activations, at most
+        ENOUGH_TOKENS, or MASKED_TOKENS where attention takes a mask; on a CPU CPU_TOKENS.
+
+        A forward pass of one sequence tells what a token takes.
+        """
+        if self.device.type != "cuda":
+            return CPU_TOKENS
+        enough = ENOUGH_TOKENS if self.model.config._attn_implementation == VARLEN else MASKED_TOKENS
+        count = min(512, self.model.config.get_text_config().max_position_embeddings)
+        sample = {"prompt": [0], "tokens": [0] * (count - 1), "logprobs": [0.0] * (count - 1), "advantage": 0.0}
+        batch = collate([sample], self.device, self.route.packed)
+        before = torch.cuda.memory_allocated(self.device)
+        whole_NH = states(self.model, batch, self.route)
+        per_token = (torch.cuda.memory_allocated(self.device) - before) / count
+        del whole_NH
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - before
+        return max(1, min(enough, int((free / 2 - 3 * CHUNK_BYTES) / per_token)))
+
     @torch.no_grad()
     def restore(self) -> None:
         """Set the model's weights to the masters, rounded to their dtype."""
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            p.copy_(master)
+        torch._foreach_copy_(self.parameters, self.masters)
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside the model's checkpoint."""
@@ -159,17 +223,18 @@ class Learner:
         self._move_between_steps()
 
     def _move_between_steps(self) -> None:
+        """Bring masters and moments where they stay, and give unused GPU memory back: an engine may need it."""
         self._move("cpu" if self.offload else self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _move(self, device: torch.device | str) -> None:
-        """Bring masters and moments to the device, and give unused GPU memory back: an engine may need it."""
+        """Bring masters and moments to the device."""
         for master in self.masters:
             master.data = master.data.to(device)
         for state in self.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def move_gradient(parameter: torch.nn.Parameter, master: torch.Tensor) -> None:

@@ -1,0 +1,162 @@
+"""Time `Learner.step` alone, on one GPU, beside an earlier version of it.
+
+    git show 8a1a2f4:rlhf_grpo.py > /tmp/rlhf_grpo.py
+    python benchmarks/bench_learner.py --before /tmp/rlhf_grpo.py --output results/learner-1xh100.json
+
+Random weights of published shapes, random tokens, new lengths at each step where they are uneven. Each side runs in a
+process of its own, since the later one turns cuDNN's attention off. Two steps of each case are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from shapes import SHAPES  # noqa: E402
+
+PROMPT_TOKENS = 16
+WARM_UP = 2
+# (model, sequences, completion tokens at most, lengths, counted steps, options of the later Learner)
+CASES = [
+    ("Qwen2.5-0.5B", 64, 256, "full", 12, {}),
+    ("Qwen2.5-0.5B", 64, 256, "uneven", 12, {}),
+    ("Qwen2.5-0.5B", 64, 256, "full", 6, {"gradient_checkpointing": True}),
+    ("Qwen2.5-0.5B", 8, 4096, "full", 3, {}),
+    ("Qwen2.5-1.5B", 64, 256, "full", 5, {}),
+    ("Qwen2.5-3B", 64, 256, "full", 5, {}),
+]
+PEAK_FLOPS = 989e12  # an H100 SXM's, dense bf16
+
+
+def make_samples(sequences: int, tokens: int, lengths: str, generator) -> list[dict]:
+    """Sequences of random ids; uneven: completions of 8 tokens to all, evenly spread."""
+    import torch
+
+    found = []
+    for i in range(sequences):
+        count = tokens
+        if lengths == "uneven":
+            count = int(torch.randint(8, tokens + 1, (), generator=generator))
+        ids = torch.randint(10, 150_000, (PROMPT_TOKENS + count,), generator=generator).tolist()
+        # About what random weights give each word.
+        sample = {"prompt": ids[:PROMPT_TOKENS], "tokens": ids[PROMPT_TOKENS:], "logprobs": [-12.0] * count}
+        found.append(sample | {"advantage": (-1.0) ** i})
+    return found
+
+
+def make_model(name: str, device, attention: str | None):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(SHAPES[name])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    options = {"dtype": torch.bfloat16}
+    if attention == "chosen":
+        from colocate.attention import attention_for
+
+        options["attn_implementation"] = attention_for(config, device, torch.bfloat16)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, **options).eval()
+
+
+def run_case(case: tuple, before: str | None) -> dict:
+    """Time one case. Returns its row; on a lack of GPU memory it says so in place of times."""
+    import torch
+
+    name, sequences, tokens, lengths, steps, extra = case
+    device = torch.device("cuda")
+    options = {"learning_rate": 1e-5, "clip_range": 0.2, "kl_coef": 0.0, "offload": False} | extra
+    if before:
+        spec = importlib.util.spec_from_file_location("before", before)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        options["micro_batch_size"] = 8
+    else:
+        from colocate import learner as module
+    model = make_model(name, device, None if before else "chosen")
+    parameters = sum(p.numel() for p in model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    seconds = []
+    counts = []
+    row = {"side": "before" if before else "after", "model": name, "sequences": sequences, "completion_tokens": tokens}
+    row |= {"lengths": lengths, "options": extra, "steps": steps}
+    try:
+        learner = module.Learner(model, **options)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(WARM_UP + steps):
+            samples = make_samples(sequences, tokens, lengths, generator)
+            total = sum(len(s["tokens"]) for s in samples)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            learner.step(samples, total)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            counts.append(total + sequences * PROMPT_TOKENS)
+    except torch.OutOfMemoryError:
+        return row | {"failed": "out of GPU memory"}
+    counted = seconds[WARM_UP:]
+    mean = statistics.fmean(counted)
+    computed = statistics.fmean(counts[WARM_UP:])
+    row |= {"step_s_mean": mean, "step_s_p50": statistics.median(counted), "step_s_max": max(counted)}
+    row |= {"first_step_s": seconds[0], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    row |= {"tokens_per_s": computed / mean, "flop_share": 6 * parameters * computed / mean / PEAK_FLOPS}
+    if not before:
+        row |= {"attention": model.config._attn_implementation, "route": str(learner.route)}
+        row |= {"tokens_per_micro_batch": learner.tokens_per_micro_batch}
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def run_side(before: str | None, only: str) -> None:
+    """One line of JSON for each case."""
+    import torch
+
+    for case in CASES:
+        if only in case[0] and not (before and case[-1]):
+            print(json.dumps(run_case(case, before)), flush=True)
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", help="file of the earlier Learner")
+    parser.add_argument("--output", help="write rows, hardware, versions, command and date to this file")
+    parser.add_argument("--only", default="", help="only models whose name holds this")
+    parser.add_argument("--side", choices=("before", "after"), help="(used by the script itself)")
+    args = parser.parse_args()
+    if args.side:
+        return run_side(args.before if args.side == "before" else None, args.only)
+    rows = []
+    for side in ("before", "after") if args.before else ("after",):
+        command = [sys.executable, __file__, "--side", side, "--only", args.only]
+        command += ["--before", args.before] if args.before else []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                rows.append(json.loads(line))
+        if process.returncode:
+            sys.exit(f"the {side} side ended with exit code {process.returncode}")
+    if args.output:
+        import torch
+        import transformers
+
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
+        report = {"hardware": f"1 x {torch.cuda.get_device_name()}", "versions": versions}
+        report |= {"date": datetime.date.today().isoformat(), "command": f"python {' '.join(sys.argv)}", "rows": rows}
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
