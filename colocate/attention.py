@@ -37,9 +37,7 @@ def attention_for(config: PreTrainedConfig, device: torch.device, dtype: torch.d
     cap = getattr(text, "attn_logit_softcapping", None)
     if cap:
         if "attn_logit_softcapping" not in inspect.getsource(sys.modules[model_class.__module__]):
-            raise ValueError(
-                f"{model_class.__name__} does not compute attn_logit_softcapping, which its config asks for"
-            )
+            raise ValueError(f"{model_class.__name__} does not compute its config's attn_logit_softcapping")
         return "eager"
     if not model_class._supports_sdpa:  # sinks, among others
         return "eager"
@@ -80,7 +78,7 @@ def varlen_is_right(heads: int, kv_heads: int, head_dim: int, device: torch.devi
             return False
         expected = plain_attention(*exact, lengths, head_dim**-0.5, window)
         expected.square().sum().backward()
-        pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
+        pairs = [(found.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
         if any(float((a.double() - b).norm() / b.norm()) > 0.03 for a, b in pairs):
             return False
     return True
@@ -98,7 +96,7 @@ def flash_attention(
     """(T, H, D): causal attention within each sequence; ends_S: int32, 0 and then the end of each sequence."""
     options = {}
     if query_THD.shape[1] != key_TKD.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True  # torch 2.12 and newer want it said
+        options["enable_gqa"] = True  # torch 2.12 and newer want it said, older ones just do it
     reach = window - 1 if window else -1  # transformers counts a token itself into its window
     sizes = (ends_S, ends_S, longest, longest)
     return varlen_attn(query_THD, key_TKD, value_TKD, *sizes, scale=scale, window_size=(reach, 0), **options)

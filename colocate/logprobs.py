@@ -23,36 +23,62 @@ CHUNK_BYTES = 512 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """How a model's log-probabilities are computed. Every model can do both, or `find_route` says what it cannot.
+    """How a model's log-probabilities are computed. `find_route` finds out what its class can do.
 
-    packed: several sequences in one row, told apart by their positions. by_head: the base model makes states, which
-    `logits` turns into logits; otherwise the model's own forward makes all logits at once.
+    packed: several sequences in one row. masked: a mask tells them apart, where transformers does not see it from their
+    positions (OPT). by_head: the base model makes states, which `logits` turns into logits; otherwise the model's own
+    forward makes all logits at once.
     """
 
     packed: bool = True
+    masked: bool = False
     by_head: bool = True
 
     def __str__(self) -> str:
         return f"{'packed' if self.packed else 'padded'} sequences, logits {'in chunks' if self.by_head else 'at once'}"
 
 
-ROUTES = (Route(), Route(packed=False), Route(by_head=False), Route(packed=False, by_head=False))  # the best first
+ROUTES = (  # the best first
+    Route(),
+    Route(masked=True),
+    Route(packed=False),
+    Route(by_head=False),
+    Route(masked=True, by_head=False),
+    Route(packed=False, by_head=False),
+)
 
 
 def states(model: torch.nn.Module, batch: Batch, route: Route) -> torch.Tensor:
-    """(N, H): what the head makes the logits of completion tokens from; with `not route.by_head` the logits, (N, V)."""
+    """(N, H): what the head makes the logits of completion tokens from; with `not route.by_head` the logits, (N, V).
+
+    Raises ValueError if a mask was to tell sequences apart and some layers have windows, which it would hide.
+    """
     inputs = {"input_ids": batch.ids_BL, "attention_mask": batch.attention_BL, "use_cache": False}
     if route.packed:
         inputs["position_ids"] = batch.positions_BL
-        if model.config._attn_implementation == VARLEN:
-            ends = batch.ends_S1
-            longest = batch.longest
-            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-            # A mask of four dimensions is taken as it is. With none, transformers would look for packed sequences,
-            # and wait for the GPU to answer.
-            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
+    if route.masked:
+        text = model.config.get_text_config()
+        if getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None):
+            raise ValueError(f"{type(model).__name__} has layers with windows, which take no mask of ours")
+        inputs["attention_mask"] = packed_mask(batch, model)
+    elif route.packed and model.config._attn_implementation == VARLEN:
+        ends = batch.ends_S1
+        longest = batch.longest
+        inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        # A mask of four dimensions is taken as it is. With none, transformers would look for packed sequences, and wait
+        # for the GPU to answer.
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
     found_BLH = model.base_model(**inputs).last_hidden_state if route.by_head else model(**inputs).logits
     return found_BLH.flatten(0, 1).index_select(0, batch.predictors_N)
+
+
+def packed_mask(batch: Batch, model: torch.nn.Module) -> torch.Tensor:
+    """(1, 1, L, L): which tokens of the row each one sees, those before it in its sequence. For eager it is added."""
+    sequence_L = (batch.positions_BL[0] == 0).cumsum(0)
+    visible_LL = (sequence_L[:, None] == sequence_L).tril()[None, None]
+    if model.config._attn_implementation != "eager":
+        return visible_LL
+    return torch.zeros_like(visible_LL, dtype=model.dtype).masked_fill(~visible_LL, torch.finfo(model.dtype).min)
 
 
 def logits(model: torch.nn.Module, states_nH: torch.Tensor, route: Route) -> torch.Tensor:
@@ -150,7 +176,14 @@ def find_route(model: torch.nn.Module) -> Route:
                 logits(model, states(model, collate([first, *samples[1:]], device, route.packed), route), route)
                 for first in (samples[0], other)
             )
-        except (TypeError, ValueError):  # an argument that this class does not know
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            TypeError,
+            ValueError,
+            IndexError,
+            RuntimeError,
+        ):  # an argument or a mask that it does not know
             continue
         rest = slice(len(samples[0]["tokens"]), None)
         right = difference(found, torch.cat(expected)) < tolerance
