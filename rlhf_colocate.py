@@ -838,13 +838,14 @@ class Colocation:
     def connect(self) -> dict:
         """Let every worker map its trainer's weights and record the copies; again after either was replaced.
 
-        Returns {"wall_ms", "workers"}. It loads the weights on the way, so it is a whole push as well.
+        Returns {"wall_ms", "workers"}. A first push goes with it.
         """
         start = time.perf_counter()
         with self.transition("connect"):
             workers = self.on_workers("connect_weights", self.handles())
             if len(found := {w["version"] for w in workers}) > 1:
                 raise Stop(f"found training actors at different versions: {sorted(found)}; needed one")
+            self.on_workers("push_weights", *found)
             self.finish_push(*found)
         return {"wall_ms": 1e3 * (time.perf_counter() - start), "workers": workers}
 

@@ -14,19 +14,22 @@ Copy this file into your trainer as it is: it imports torch, and vLLM and Ray in
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
+import math
 import multiprocessing.shared_memory
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
 # sets it to -1 before it changes weights, and to a number not used before when it has: whoever maps it sees both.
@@ -44,11 +47,15 @@ DTYPES = {
 
 # Methods of `ColocateWorkerExtension` that write weights. From the call of one until it has succeeded on all ranks, an
 # engine's weights are neither the old nor the new ones.
-WRITES = ("update_weights_from_ipc_handles", "connect_weights", "push_weights")
+WRITES = ("update_weights_from_ipc_handles", "push_weights")
 
 
 class HandleError(ValueError):
-    """A message of handles that must not be loaded: the text names the tensor, what was found and what was needed."""
+    """A message of handles that must not be loaded: the text names the tensor, what it is and what it should be."""
+
+
+class NotHandled(HandleError):
+    """A model that cannot be pushed, whatever the message says."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +127,7 @@ def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
     for name, tensor in revert_weight_conversion(model, parameters).items():
         if tensor.untyped_storage().data_ptr() not in storages:
-            raise HandleError(
+            raise NotHandled(
                 f"{type(model).__name__} is not handled: transformers keeps {name} in another form than the checkpoint "
                 "has it, so it cannot be shared without a copy"
             )
@@ -200,7 +207,9 @@ def _export_storage(storage: torch.UntypedStorage) -> dict:
         names = ("device", "handle", "nbytes", "offset", "ref_handle", "ref_offset", "event", "event_sync")
         return {"kind": "cuda", **dict(zip(names, fields, strict=True))}
     if not storage.filename:
-        raise HandleError("found a CPU tensor in private memory, needed shared memory: call share_memory first")
+        raise HandleError(
+            "a CPU tensor in private memory cannot be exported. Try: share_memory([...]) before export_handles"
+        )
     return {"kind": "cpu", "path": storage.filename, "nbytes": storage.nbytes()}
 
 
@@ -248,43 +257,45 @@ def _malformed():
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, OSError) as error:
         kind = type(error).__name__
-        raise HandleError(f"found a malformed message ({kind}: {error}), needed what export_handles returns") from None
+        raise HandleError(f"a malformed message, not one of export_handles ({kind}: {error})") from None
 
 
 def _check_checksum(message: dict) -> None:
     if message["checksum"] != checksum(message):
-        raise HandleError("found handles that were changed on the way (the checksum differs), needed them as exported")
+        raise HandleError("the handles were changed on their way: their checksum differs")
 
 
 def _check_extent(weight: dict, storages: list[dict]) -> None:
     name, shape, stride = weight["name"], weight["shape"], weight["stride"]
     numbers = [*shape, *stride, weight["offset"], weight["storage"]]
     if type(name) is not str or {type(x) for x in numbers} - {int}:
-        raise HandleError(f"{name!r}: found {weight}, needed a name, and numbers for shape, stride, offset and storage")
+        raise HandleError(
+            f"{name!r}: shape, stride, offset and storage must be numbers, and the name a string: {weight}"
+        )
     if weight["dtype"] not in DTYPES:
-        raise HandleError(f"{name}: found dtype {weight['dtype']!r}, needed one of {', '.join(DTYPES)}")
+        raise HandleError(f"{name}: dtype {weight['dtype']!r} is none of {', '.join(DTYPES)}")
     if len(shape) != len(stride) or min([*shape, *stride, weight["offset"]], default=0) < 0:
-        raise HandleError(f"{name}: found shape {shape}, stride {stride}, offset {weight['offset']}")
+        raise HandleError(f"{name}: shape {shape}, stride {stride} and offset {weight['offset']} describe no tensor")
     if not 0 <= weight["storage"] < len(storages):
-        raise HandleError(f"{name}: found storage {weight['storage']}, needed one of {len(storages)}")
+        raise HandleError(f"{name}: there are {len(storages)} storages, and no number {weight['storage']}")
     last = weight["offset"] + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     end = (last + 1) * DTYPES[weight["dtype"]].itemsize if 0 not in shape else 0
     storage = storages[weight["storage"]]
     nbytes = storage["nbytes"] if storage["kind"] != "empty" else 0
     if end > nbytes:
-        raise HandleError(f"{name}: found a tensor that ends at byte {end} of a storage of {nbytes}")
+        raise HandleError(f"{name}: the tensor ends at byte {end} of a storage of {nbytes}")
 
 
 def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
     if s["kind"] == "empty":
         return torch.UntypedStorage(0, device=device)
     if s["kind"] != device.type:
-        raise HandleError(f"found a handle to {s['kind']} memory, needed {device.type}")
+        raise HandleError(f"a handle to {s['kind']} memory cannot be opened on {device.type}")
     if s["kind"] == "cpu":
         if not re.fullmatch(r"/proc/\d+/fd/\d+", s["path"]) or not os.path.exists(s["path"]):
-            raise HandleError(f"found no shared memory at {s['path']!r}: has the trainer ended?")
+            raise HandleError(f"there is no shared memory at {s['path']!r}: has the trainer ended?")
         if (size := os.path.getsize(s["path"])) < s["nbytes"]:
-            raise HandleError(f"found {size} bytes of shared memory, needed {s['nbytes']}")
+            raise HandleError(f"{s['path']!r} has {size} bytes of shared memory, not {s['nbytes']}")
         return torch.UntypedStorage.from_file(s["path"], True, s["nbytes"])
     torch.cuda._lazy_init()
     # The sender's device index means nothing here: this worker may see more GPUs, or in another order.
@@ -452,7 +463,7 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
 
     if parameter.numel() == 0:
         raise HandleError(
-            f"{name}: found it repacked by vLLM's CPU backend, needed plain parameters: pass preload_engine_process as "
+            f"{name}: vLLM's CPU backend has repacked it: pass preload_engine_process as "
             "Ray's worker_process_setup_hook, with RLHF_COLOCATE_ROLE=engine"
         )
     if leaf in ("w13_weight", "w2_weight"):
@@ -541,36 +552,39 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 
 
 @_malformed()
-def _names(message: dict) -> list[str]:
-    """Of the weights in a message."""
-    _check_checksum(message)
-    return [w["name"] for w in message["weights"]]
+def check_messages(messages: dict, gpu: str) -> Shapes:
+    """The weights in this GPU's message, without VERSION. Raises HandleError, which names the first few offenders.
 
-
-@_malformed()
-def check_message(message: dict, layout: Layout) -> None:
-    """Refuse a message that is not exactly the model's weights: raises HandleError naming the first few offenders."""
-    _check_checksum(message)
-    needed = {r.weight: (r.shape, r.dtype) for r in layout.regions} | {VERSION: ((), torch.int64)}
-    counts = Counter(w["name"] for w in message["weights"])
-    problems = [f"duplicate: {n}" for n, c in counts.items() if c > 1]
-    hint = {VERSION: " (export it beside the weights: an int64 scalar under the name rlhf_utils.VERSION)"}
-    problems += [f"missing: {n}{hint.get(n, '')}" for n in needed if n not in counts]
-    problems += [f"missing: {n}" for n in layout.extra if n not in counts]  # which another GPU's message has
-    problems += [f"unexpected: {n}" for n in counts if n not in needed and n not in layout.extra]
-    for w in message["weights"]:
-        shape, dtype = needed.get(w["name"], (tuple(w["shape"]), DTYPES.get(w["dtype"])))
-        if tuple(w["shape"]) != shape:
-            problems.append(f"wrong shape: {w['name']}: found {tuple(w['shape'])}, needed {shape}")
-        if DTYPES.get(w["dtype"]) != dtype:
-            problems.append(f"wrong dtype: {w['name']}: found {w['dtype']}, needed {str(dtype).removeprefix('torch.')}")
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise HandleError(
-            f"the weights do not fit {layout.architecture}, nothing was loaded: {'; '.join(problems[:5])}{more}"
-        )
-    for w in message["weights"]:
-        _check_extent(w, message["storages"])
+    It does unless all messages are as they were exported and have the same weights: all workers load, or none.
+    """
+    if gpu not in messages:
+        raise HandleError(f"there are handles for {', '.join(messages) or 'no GPU'}, but none for {gpu}")
+    described = {}
+    wrong = []
+    for sender, message in messages.items():
+        _check_checksum(message)
+        for w in message["weights"]:
+            _check_extent(w, message["storages"])
+        counts = Counter(w["name"] for w in message["weights"])
+        wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
+        described[sender] = {w["name"]: (tuple(w["shape"]), DTYPES[w["dtype"]]) for w in message["weights"]}
+    mine = described[gpu]
+    if mine.get(VERSION) != ((), torch.int64):
+        wrong.append(f"missing: {VERSION}: export it beside the weights, an int64 scalar")
+    for sender, theirs in described.items():
+        wrong += [f"missing: {n} ({sender})" for n in mine if n not in theirs]
+        wrong += [f"unexpected: {n} ({sender})" for n in theirs if n not in mine]
+        for name in mine.keys() & theirs.keys():
+            if theirs[name][0] != mine[name][0]:
+                wrong.append(f"wrong shape: {name}: {theirs[name][0]} ({sender}), and {mine[name][0]} ({gpu})")
+            if theirs[name][1] != mine[name][1]:
+                wrong.append(
+                    f"wrong dtype: {name}: {_name(theirs[name][1])} ({sender}), and {_name(mine[name][1])} ({gpu})"
+                )
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {'; '.join(wrong[:5])}{more}")
+    return {name: spec for name, spec in mine.items() if name != VERSION}
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -580,208 +594,427 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Worker side: the fast path. vLLM's loaders run once, watched; from then on a push is the copies that they made.
+# Worker side: what vLLM's loaders do with the weights, found out without any
+# ---------------------------------------------------------------------------------------------------------------------
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full shape, its dtype)}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some elements of a tensor, as a view of the contiguous tensor of its shape: size, stride, offset, in elements."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def box(self, shape: Sequence[int]) -> list[tuple[int, int]] | None:
+        """The (start, stop) in each dimension of the whole tensor; None if it is no box. It may be a transposed one."""
+        steps = {s: n for n, s in zip(self.size, self.stride, strict=True) if n > 1}
+        if math.prod(steps.values()) != self.numel():
+            return None  # two dimensions with one stride
+        rest = self.offset
+        box = []
+        for n, step in zip(shape, _strides(shape), strict=True):
+            start, rest = divmod(rest, step)
+            box.append((start, start + (steps.pop(step, 1) if n > 1 else 1)))
+        return None if steps or any(stop > n for (_, stop), n in zip(box, shape, strict=True)) else box
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """These elements of a tensor that may have other strides. Raises NotHandled if they then are no view of it."""
+        if whole.is_contiguous():
+            return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
+        box = self.box(whole.shape)
+        if box is None:
+            raise NotHandled(f"vLLM's loaders read {self} of a tensor with strides {whole.stride()}, which is no view")
+        corner = whole[tuple(slice(start, stop) for start, stop in box)]
+        strides = {s: w for s, w, n in zip(_strides(whole.shape), whole.stride(), whole.shape, strict=True) if n > 1}
+        return whole.as_strided(self.size, [strides.get(s, 1) for s in self.stride], corner.storage_offset())
+
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    def end(self) -> int:
+        """The offset after the last element."""
+        return self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) + 1
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a contiguous tensor."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`target` of a parameter, or of a buffer, becomes `source` of a weight, bit for bit."""
+
+    parameter: str
+    target: Slice
+    weight: str
+    source: Slice
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What brings one set of weights into a rank's model (see `record_loaders`)."""
+
+    copies: list[Copy]
+    loaders: list[str]  # weights that must go through vLLM's loaders instead: their parameters are computed from them
+    padding: dict[str, int]  # parameter -> elements that belong to no weight (they round the vocabulary up)
+    reload: bool  # vLLM's loaders work inside its layerwise reload only
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One write into a parameter by a loader."""
+
+    target: Slice
+    weights: frozenset[str]  # from which its values come; none: they don't come from weights
+    source: Slice | None  # of the one weight that was copied as it is
+    repeated: bool  # a layerwise reload repeats it
+
+
+class _Recorder(TorchDispatchMode):
+    """Note what loaders write into parameters, which they do not touch. The weights have shapes and dtypes only (meta).
+
+    writes: {storage: what was written into it, in order}, also of tensors that the loaders made.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.names = {_storage(w): name for name, w in weights.items()}
+        self.origins = {storage: frozenset([name]) for storage, name in self.names.items()}  # of what is in a storage
+        self.targets: set[int] = set()
+        self.writes: dict[int, list[_Write]] = {}
+        self.inside = 0  # of how many parameters' own loaders
+        self.alive: list[torch.Tensor] = []  # a storage's number may be given out again
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        written, is_view = _effects(func)
+        if written:
+            return self._write(func, written, args, kwargs)
+        if is_view:
+            return func(*args, **kwargs)
+        return self._compute(func, args, kwargs)
+
+    def _compute(self, func, args, kwargs):
+        """An operation with a result of its own. It runs on the meta device if one of its operands is there."""
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if any(t.is_meta for t in tensors):
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+                return args[0].detach()  # to another device: it stays the same weight
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+            if kwargs.get("device"):
+                kwargs["device"] = torch.device("meta")
+        result = func(*args, **kwargs)
+        if origins := self._origins(tensors):
+            for t in tree_leaves(result):
+                if isinstance(t, torch.Tensor):
+                    self.origins.setdefault(_storage(t), origins)
+                    self.alive.append(t)
+        return result
+
+    def _write(self, func, written, args, kwargs):
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        targets = [t for name in written for t in tree_leaves(given.pop(name, None)) if t is not None]
+        sources = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+        origins = self._origins(sources)
+        run = True
+        for dst in targets:
+            storage = _storage(dst)
+            if storage in self.names:
+                raise NotHandled(f"a loader of vLLM writes into the trainer's {self.names[storage]} ({func})")
+            self.alive.append(dst)
+            self.writes.setdefault(storage, []).append(self._describe(func, dst, sources, origins))
+            if storage in self.targets:
+                run = False
+            else:
+                run = run and (dst.is_meta or not any(s.is_meta for s in sources))
+                self.origins[storage] = self.origins.get(storage, frozenset()) | origins
+        if run:
+            return func(*args, **kwargs)
+        return targets[0] if func._schema.returns else None
+
+    def _describe(self, func, dst, sources, origins) -> _Write:
+        source = None
+        if func is torch.ops.aten.copy_.default:
+            src = sources[0].expand(dst.shape)  # raises what the copy would
+            if src.dtype == dst.dtype and _storage(src) in self.names:
+                source = _slice(src)
+        else:
+            origins = frozenset()  # in place, or by index: no slice of a weight
+        return _Write(_slice(dst), origins, source, self.inside > 0)
+
+    def _origins(self, tensors: list[torch.Tensor]) -> frozenset[str]:
+        return frozenset().union(*(self.origins.get(_storage(t), ()) for t in tensors))
+
+    def mark(self, loader: Callable) -> Callable:
+        """A parameter's own loader, with `inside` raised while it runs."""
+
+        @functools.wraps(loader)
+        def marked(*args, **kwargs):
+            self.inside += 1
+            try:
+                return loader(*args, **kwargs)
+            finally:
+                self.inside -= 1
+
+        return marked
+
+
+@functools.cache
+def _effects(func) -> tuple[list[str], bool]:
+    """(the arguments that an operation writes, whether its result is a view of another)."""
+    aliases = {a.name: a.alias_info for a in func._schema.arguments if a.alias_info}
+    return [name for name, alias in aliases.items() if alias.is_write], bool(aliases)
+
+
+def _storage(t: torch.Tensor) -> int:
+    """The number of a tensor's storage, on the meta device too."""
+    return t.untyped_storage()._cdata
+
+
+def _slice(view: torch.Tensor) -> Slice:
+    return Slice(tuple(view.shape), view.stride(), view.storage_offset())
+
+
+def covered_once(slices: list[Slice], shape: Sequence[int]) -> int | None:
+    """How many elements of a tensor its slices cover, each exactly once; None if that cannot be said.
+
+    Exact, and without a mark per element: the slices' edges cut the tensor into cells, which are covered as a whole.
+    """
+    boxes = [s.box(shape) for s in slices]
+    if None in boxes:
+        return None
+    edges = [sorted({e for b in boxes for e in b[d]}) for d in range(len(shape))]
+    places = [{edge: i for i, edge in enumerate(e)} for e in edges]
+    cells = torch.zeros([max(len(e) - 1, 0) for e in edges], dtype=torch.int32)
+    for b in boxes:
+        cells[tuple(slice(p[lo], p[hi]) for p, (lo, hi) in zip(places, b, strict=True))] += 1
+    return None if (cells > 1).any() else sum(s.numel() for s in slices)
+
+
+@dataclass
+class _Target:
+    """A parameter or buffer, the loaders' writes into it, and what they must come to."""
+
+    tensor: torch.Tensor  # as the engine has it
+    as_loaded: torch.Tensor  # as vLLM's loaders find it: elsewhere, where a layer is processed after loading
+    optional: bool = False  # a buffer
+    padding: int = 0  # elements that belong to no token
+    processed: bool = False  # its kernel keeps it in an order of its own
+    made_anew: bool = False  # by the loaders: it is not the engine's any more
+    writes: list[_Write] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[_Write]:
+        """The writes that bring weights in."""
+        return [w for w in self.writes if w.weights and w.target.numel()]
+
+    @property
+    def computed(self) -> bool:
+        """Copies of slices do not bring it in."""
+        if self.processed or self.made_anew or any(w.source is None for w in self.counted):
+            return True
+        for i, w in enumerate(self.writes):  # transformed in place after it was loaded
+            if not w.weights and any(
+                w.target.offset < earlier.target.end() and earlier.target.offset < w.target.end()
+                for earlier in self.writes[:i]
+                if earlier.weights
+            ):
+                return True
+        return False
+
+
+def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Recording:
+    """Find out what vLLM's own loaders do with weights of these names, shapes and dtypes. They write nothing.
+
+    They run on tensors of the meta device, so a loader that needs a weight's values is not handled.
+    model: the rank's (`worker.get_model()`), unquantized. tp_size: ranks that share the weights.
+    Raises HandleError, which names the first few offenders, unless the weights are exactly the model's: each element of
+    each parameter is written once, vocabulary padding excepted, and each weight goes somewhere. Raises NotHandled if
+    the model cannot be pushed by this file.
+    """
+    architecture = (getattr(getattr(model, "config", None), "architectures", None) or [type(model).__name__])[0]
+    try:
+        targets, reload = _run_dry(model, weights)
+        wrong = _misfits(targets, weights, model_config, tp_size)
+        computed = {name: t for name, t in targets.items() if t.computed}
+        loaders = {w for t in computed.values() for write in t.counted for w in write.weights}
+        if not wrong and loaders and len(loaders) < len(weights):
+            # They must do without the others.
+            alone, _ = _run_dry(model, {n: s for n, s in weights.items() if n in loaders})
+            if any(alone[name].counted != t.counted for name, t in computed.items() if name in alone):
+                loaders = set(weights)
+    except NotHandled as error:
+        raise NotHandled(f"{architecture} is not handled, nothing was loaded: {error}") from None
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise HandleError(f"the weights do not fit {architecture}, nothing was loaded: {'; '.join(wrong[:5])}{more}")
+    copies = []
+    for name, t in targets.items():
+        if not t.computed:
+            copies += [Copy(name, w.target, next(iter(w.weights)), w.source) for w in t.counted]
+    padding = {name: t.padding for name, t in targets.items() if t.padding}
+    return Recording(copies, sorted(loaders), padding, reload)
+
+
+def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target], bool]:
+    """({name: parameter or buffer, with what the loaders write into it}, whether they need vLLM's layerwise reload)."""
+    modules = dict(model.named_modules())
+    kept = [(m, dict(m._parameters), dict(m._buffers)) for m in modules.values()]
+    experts = {m for m in modules.values() if "w13_weight" in m._parameters}
+    derived = any(hasattr(m, "W_UV") for m in modules.values())  # MLA keeps matrices that it derives from its weights
+    meta = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in weights.items()}
+    recorder = _Recorder(meta)
+    targets: dict[str, _Target] = {}
+    by_storage: dict[int, _Target] = {}
+    now = ""
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal now
+        for name, weight in meta.items():
+            now = name
+            yield name, weight
+
+    try:
+        for prefix, module in modules.items():
+            twins = _as_loaded(module, recorder) if experts or derived else {}
+            for leaf, tensor in module._parameters.items():
+                if tensor is None:
+                    continue
+                if known := by_storage.get(_storage(tensor)):  # tied: it counts once
+                    twins[leaf] = known.as_loaded
+                    continue
+                target = _Target(tensor, twins.get(leaf, tensor))
+                target.processed = derived or (module in experts and not _takes_weights_as_loaded(module))
+                if hasattr(module, "shard_indices"):  # VocabParallelEmbedding
+                    rows = tensor.shape[0] - module.shard_indices.num_org_elements
+                    target.padding = rows * (tensor.numel() // tensor.shape[0])
+                targets[f"{prefix}.{leaf}" if prefix else leaf] = target
+                by_storage[_storage(tensor)] = target
+            module._parameters.update({leaf: twin for leaf, twin in twins.items() if leaf in module._parameters})
+        for name, tensor in model.named_buffers():
+            if _storage(tensor) not in by_storage:  # else it is another view of a parameter
+                targets[name] = _Target(tensor, tensor, optional=True)
+        recorder.targets = {_storage(t.as_loaded) for t in targets.values()}
+        with recorder, torch.no_grad():
+            model.load_weights(one_by_one())
+        for name, target in targets.items():
+            prefix, _, leaf = name.rpartition(".")
+            own = getattr(modules[prefix], leaf, None)
+            storage = _storage(target.as_loaded if own is None else own)
+            target.made_anew = storage != _storage(target.as_loaded)
+            target.writes = recorder.writes.get(storage, [])
+    except Exception as error:
+        if isinstance(error, (NotHandled, torch.OutOfMemoryError)) or "CUDA error" in str(error):
+            raise  # the GPU's fault, not the model's
+        what = f"{now} {weights[now][0] if now else ''}"
+        raise NotHandled(f"vLLM's loaders do not take {what}: {type(error).__name__}: {error}"[:400]) from None
+    finally:
+        for module, parameters, buffers in kept:
+            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                own.clear()
+                own.update(before)
+    return targets, bool(experts) or derived
+
+
+def _as_loaded(module: torch.nn.Module, recorder: _Recorder) -> dict[str, torch.Tensor]:
+    """A layer's parameters as vLLM's loaders want them, on the meta device; they may look different now.
+
+    vLLM's layerwise reload puts the same in their place. It repeats later what was written by a parameter's own loader,
+    and loses what was written in another way: so these loaders are marked.
+    https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/model_loader/reload/layerwise.py
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    twins = {}
+    for name, tensor in get_layerwise_info(module).restore_metadata[0].items():
+        twins[name] = twin = restore_layer_refs(to_meta_tensor(tensor), module)
+        loader = getattr(twin, "weight_loader", default_weight_loader)
+        while getattr(loader, "__name__", "") == "online_process_loader":  # of an earlier reload
+            loader = loader.__wrapped__
+        twin.weight_loader = recorder.mark(loader)
+    return twins
+
+
+def _takes_weights_as_loaded(experts: torch.nn.Module) -> bool:
+    """Triton's kernel does; all others permute, pack or pad the experts."""
+    return getattr(getattr(experts.quant_method, "unquantized_backend", None), "name", "") == "TRITON"
+
+
+def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size: int) -> list[str]:
+    """What is wrong with the weights. Raises NotHandled if something is wrong with the model."""
+    wrong: list[str] = []
+    refused: list[str] = []
+    read: Counter[str] = Counter()  # elements by weight
+    for name, t in targets.items():
+        needed = t.as_loaded.numel() - t.padding
+        counted = t.counted
+        if t.optional and not counted:
+            continue
+        if not t.tensor.numel():
+            refused.append(f"vLLM's CPU backend has repacked {name}. Try: preload_engine_process as setup hook")
+            continue
+        count = covered_once([w.target for w in counted], t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
+        if count is None:
+            refused.append(f"vLLM's loaders do not write each element of {name} exactly once")
+        elif count not in (needed, needed + t.padding):
+            wrong.append(f"missing: {name}" + (f": {count} of {needed} elements are written" if count else ""))
+        elif t.computed and t.as_loaded is not t.tensor and not all(w.repeated for w in counted):
+            refused.append(f"vLLM's layerwise reload loses {name}, whose loader is not its own")
+        for w in counted:
+            for weight in w.weights:
+                dtype = weights[weight][1]
+                # vLLM keeps a few parameters in float32 in a model of 16 bits, and casts what it loads.
+                cast = t.tensor.dtype == torch.float32 and dtype == getattr(model_config, "dtype", None)
+                if dtype != t.tensor.dtype and not cast:
+                    wrong.append(f"wrong dtype: {weight}: {_name(dtype)}, and {name} is {_name(t.tensor.dtype)}")
+                read[weight] += w.target.numel() + t.padding if w.source else math.prod(weights[weight][0])
+    used = {weight for t in targets.values() for w in t.writes for weight in w.weights}
+    wrong += [f"unexpected: {weight}" for weight in weights if weight not in used]
+    for weight, count in read.items():  # the other ranks read no more of it
+        if count * tp_size < math.prod(weights[weight][0]):
+            shape = tuple(weights[weight][0])
+            wrong.append(f"wrong shape: {weight}: {shape}, of which vLLM's loaders take {count} elements")
+    if refused:
+        more = f" (and {len(refused) - 2} more)" if len(refused) > 2 else ""
+        raise NotHandled("; ".join(refused[:2]) + more)
+    return list(dict.fromkeys(wrong))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker side: the push. It is the recorded copies, from the trainer's memory, as one CUDA graph.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _RecordCopies(TorchDispatchMode):
-    """Note each copy from a weight's slice into a parameter's slice of the same dtype, while it happens as usual.
-
-    dry: the parameters are not written; only noted.
-    `written` has every copy into a parameter, also of what a loader has computed, in order: the slice, and whether it
-    came from a weight as it is. `overwritten` are the parameters that were written in another way where a copy had
-    been: replaying the copy alone would be wrong. All are by the address of the parameter's memory.
-    """
-
-    def __init__(self, weights: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], dry: bool = False):
-        super().__init__()
-        self.weights = {_address(w) for w in weights}
-        self.copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.written: dict[int, list[tuple[torch.Tensor, bool]]] = {}
-        self.overwritten: set[int] = set()
-        self.dry = dry
-        self.watch(parameters)
-
-    def watch(self, parameters: Iterable[torch.Tensor]) -> None:
-        for p in parameters:
-            self.copies.setdefault(_address(p), [])
-            self.written.setdefault(_address(p), [])
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {s.name: a for a, s in zip(args, func._schema.arguments, strict=False)} | (kwargs or {})
-        targets = [given.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
-        skip = False
-        for dst in [t for w in targets for t in (w if isinstance(w, (list, tuple)) else [w]) if t is not None]:
-            address = _address(dst)
-            if address in self.weights:
-                raise HandleError(
-                    f"found a loader of vLLM that writes into the trainer's weights ({func}), needed none"
-                )
-            if address not in self.copies:
-                continue
-            skip = self.dry
-            copied = func is torch.ops.aten.copy_.default
-            src = args[1] if copied else dst
-            same = src.dtype == dst.dtype and src.shape == dst.shape
-            plain = copied and same and _address(src) in self.weights
-            if copied:
-                self.written[address].append((dst.detach(), plain))
-            if plain:
-                self.copies[address].append((dst.detach(), src.detach()))
-                continue
-            start, end = _span(dst)
-            if any(start < e and s < end for s, e in (_span(d) for d, _ in self.copies[address])):
-                self.overwritten.add(address)
-        if skip:
-            return targets[0] if func._schema.returns else None
-        return func(*args, **(kwargs or {}))
-
-
-def _address(t: torch.Tensor) -> int:
-    """Of a tensor's memory; on the meta device, where there is none, of what stands for it."""
-    storage = t.untyped_storage()
-    return storage.data_ptr() or storage._cdata
-
-
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    """First address of a tensor's memory and the one after its last."""
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
-
-
-def _box(view: torch.Tensor, base: torch.Tensor) -> list[tuple[int, int]] | None:
-    """The (start, stop) in each dimension of contiguous `base` that `view` of its memory is; None if it is no box."""
-    offset = view.storage_offset() - base.storage_offset()
-    extents = {s: n for n, s in zip(view.shape, view.stride(), strict=True) if n > 1}
-    box = []
-    for n, stride in zip(base.shape, base.stride(), strict=True):
-        start, offset = divmod(offset, stride)
-        box.append((start, start + (extents.pop(stride, 1) if n > 1 else 1)))
-    return None if extents or any(stop > n for (_, stop), n in zip(box, base.shape, strict=True)) else box
-
-
-def covered_once(views: list[torch.Tensor], base: torch.Tensor) -> int | None:
-    """How many elements of contiguous `base` its views cover, each exactly once; None if that cannot be said.
-
-    Exact, and without a mark per element: the views' edges cut `base` into cells, and a cell is covered as a whole.
-    """
-    boxes = [_box(v, base) for v in views]
-    if None in boxes or not base.is_contiguous() or any(v.dtype != base.dtype for v in views):
-        return None
-    edges = [sorted({e for b in boxes for e in b[d]}) for d in range(base.dim())]
-    cells = torch.zeros([max(len(e) - 1, 0) for e in edges], dtype=torch.int32)
-    for b in boxes:
-        cells[tuple(slice(e.index(lo), e.index(hi)) for e, (lo, hi) in zip(edges, b, strict=True))] += 1
-    return None if (cells > 1).any() else sum(v.numel() for v in views)
-
-
-def require_written_once(model, model_config, weights: dict[str, torch.Tensor], layout: Layout) -> None:
-    """Let vLLM's loaders say what the layout cannot: they run on these weights, watched, and write into no parameter.
-
-    Raises HandleError, which names parameter and count, unless they would write each element of each of the layout's
-    unknown parameters, padding excepted, exactly once. It also does if they do not take the weights.
-    """
-    parameters = dict(model.named_parameters())
-    kept = {module: dict(module._parameters) for module in model.modules()}
-    loaded = dict(parameters)  # as the loaders find them: of another shape where layers are processed after loading
-    recorder = _RecordCopies(weights.values(), [*parameters.values(), *model.buffers()], dry=True)
-
-    def watch(as_loaded: dict[str, torch.Tensor]) -> None:
-        loaded.update(as_loaded)
-        recorder.watch(as_loaded.values())
-
-    try:
-        with recorder:
-            _load_weights(model, model_config, weights.items(), layout.needs_reload, watch)
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise  # the GPU's fault, not the model's
-        detail = str(error) if isinstance(error, HandleError) else f"{type(error).__name__}: {error}"
-        raise _not_handled(layout, f"vLLM's loaders do not take the trainer's weights ({detail[:300]})") from None
-    finally:
-        for module, own in kept.items():  # some loaders put a new parameter in the old one's place
-            module._parameters.clear()
-            module._parameters.update(own)
-    problems = []
-    for name, needed in layout.unknown.items():
-        own = _address(parameters[name])
-        target = _address(loaded[name])
-        # vLLM's reload goes over those that it does not replace a second time.
-        count = _times_written(recorder.written[target], loaded[name], repeated=layout.needs_reload and own == target)
-        if count not in (needed, needed + layout.padding.get(name, 0)):
-            problems.append(f"{name}: {count} of {needed}" if count is not None else f"{name}: some twice")
-        elif not recorder.written[own]:
-            problems.append(f"{name}: 0 of {needed}, since vLLM's reload loses them")
-    if problems:
-        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        what = "vLLM's loaders do not write each element of these parameters exactly once: "
-        raise _not_handled(layout, what + "; ".join(problems[:2]) + more)
-
-
-def _not_handled(layout: Layout, why: str) -> HandleError:
-    extra = sorted(layout.extra)
-    names = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
-    why += f". The trainer sends weights whose place is not known: {names}" if extra else ""
-    return HandleError(f"{layout.architecture} is not handled, nothing was loaded: {why}")
-
-
-def _times_written(writes: list[tuple[torch.Tensor, bool]], parameter: torch.Tensor, repeated: bool) -> int | None:
-    """As `covered_once`, of what was written into a parameter. repeated: the same slice may come more than once."""
-    views: list[torch.Tensor] = []
-    slices: list[tuple] = []
-    for view, plain in writes:
-        where = (view.storage_offset(), view.shape, view.stride())
-        transformed = not plain and where in slices[-1:]  # in place, after it was loaded
-        if not transformed and not (repeated and where in slices):
-            views.append(view)
-            slices.append(where)
-    return covered_once(views, parameter)
-
-
 class CopyPlan:
-    """How one set of weights gets into a model: recorded copies to replay, and weights for vLLM's loaders.
+    """A recording, bound to one trainer's memory and to the engine's parameters. Nothing is copied before `push`.
 
-    Building the plan loads the weights once. It is valid as long as their mapping and the parameters' addresses are;
-    those survive vLLM's sleep.
+    It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
 
     weights: {checkpoint name: mapped tensor}; version: the mapped VERSION word.
     """
 
-    def __init__(self, model, model_config, weights: dict[str, torch.Tensor], version: torch.Tensor, layout: Layout):
-        self.model, self.model_config, self.layout = model, model_config, layout
-        self.weights, self.version = weights, version
-        parameters = {n: p.data for n, p in model.named_parameters()}
-        with _RecordCopies(weights.values(), parameters.values()) as recorder:
-            model.load_weights((n, w) for n, w in weights.items() if n not in layout.reload)
-        now = {n: p.data_ptr() for n, p in model.named_parameters()}
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        loaders = set(layout.reload)
-        left: dict[str, int] = {}
-        for name, parameter in parameters.items():
-            address = _address(parameter)
-            copies = recorder.copies[address]
-            covered = covered_once([dst for dst, _ in copies], parameter)
-            same = address not in recorder.overwritten and now[name] == parameter.data_ptr()
-            # Covered but for padding; anything else is left to the loaders.
-            if same and covered == parameter.numel() - layout.padding.get(name, 0):
-                self.copies += copies
-            elif name in layout.unknown:
-                left[name] = layout.unknown[name]
-            else:
-                loaders |= {r.weight for r in layout.regions if r.parameter == name}
-        if left:
-            # From which weights they come is not known. These should do; if they do not, all of them will.
-            loaders |= layout.extra
-            chosen = {n: w for n, w in weights.items() if n in loaders}
-            try:
-                require_written_once(model, model_config, chosen, replace(layout, unknown=left))
-            except HandleError:
-                loaders = set(weights)
-        self.loaders = sorted(loaders)
+    def __init__(self, model, model_config, recording: Recording, weights: dict[str, torch.Tensor], version):
+        self.model = model
+        self.model_config = model_config
+        self.recording = recording
+        self.weights = weights
+        self.version = version
+        targets = {n: p.data for n, p in (*model.named_parameters(), *model.named_buffers())}
+        self.copies = [(c.target.of(targets[c.parameter]), c.source.of(weights[c.weight])) for c in recording.copies]
         self.nbytes = sum(dst.nbytes for dst, _ in self.copies)
         self.seen = torch.full((2,), -1, dtype=torch.int64, device=version.device)
         self.graph = self._capture() if version.is_cuda else None
-        self._run_loaders()
 
     def push(self, version: int) -> None:
         """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
@@ -794,37 +1027,36 @@ class CopyPlan:
             self.graph.replay()
         else:
             self._copy(self.copies)
-        self._run_loaders()
+        loaders = self.recording.loaders
+        if loaders:
+            chosen = [(n, self.weights[n]) for n in loaders]
+            _load_weights(self.model, self.model_config, chosen, self.recording.reload)
         seen = self.seen.tolist()  # waits for the copies
-        if self.loaders:
+        if loaders:
             seen.append(int(self.version))
         if set(seen) != {version}:
             raise HandleError(
-                f"found the trainer's weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, needed "
-                f"{version}: the engine must not be used before a whole push (-1 is a step under way)"
+                f"the trainer's weights were at version {' then '.join(map(str, dict.fromkeys(seen)))}, not at "
+                f"{version} (-1: a step is under way): the engine must not be used before a whole push"
             )
 
-    def _run_loaders(self) -> None:
-        if self.loaders:
-            chosen = [(n, self.weights[n]) for n in self.loaders]
-            _load_weights(self.model, self.model_config, chosen, self.layout.needs_reload)
-
-    def _copy(self, copies: list, lanes: list | None = None) -> None:
+    def _copy(self, copies: list, lanes: Sequence[torch.cuda.Stream] = ()) -> None:
         """All copies, between two looks at the version; over several CUDA streams if there are lanes."""
         self.seen[0].copy_(self.version)
-        for lane in lanes or []:
+        for lane in lanes:
             lane.wait_stream(torch.cuda.current_stream())
         for i, (dst, src) in enumerate(copies):
             with torch.cuda.stream(lanes[i % len(lanes)]) if lanes else contextlib.nullcontext():
                 dst.copy_(src)
-        for lane in lanes or []:
+        for lane in lanes:
             torch.cuda.current_stream().wait_stream(lane)
         self.seen[1].copy_(self.version)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """One CUDA graph of the copies: over 4 streams, since one alone leaves memory idle between copies, the largest
         first, so that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate."""
-        graph, lanes = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
+        graph = torch.cuda.CUDAGraph()
+        lanes = [torch.cuda.Stream() for _ in range(4)]
         copies = [_widened(dst, src) for dst, src in sorted(self.copies, key=lambda c: -c[0].nbytes)]
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -864,7 +1096,14 @@ def call_workers(llm, method: str, *args) -> list:
         ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
         for rank, reply in failed.items():
             ranks.setdefault(reply["error"], []).append(str(rank))
-        kind = HandleError if all(r["kind"] == "HandleError" for r in failed.values()) else RuntimeError
+        kinds = {r["kind"] for r in failed.values()}
+        kind = (
+            NotHandled
+            if kinds == {"NotHandled"}
+            else HandleError
+            if kinds <= {"HandleError", "NotHandled"}
+            else RuntimeError
+        )
         raise kind("; ".join(f"rank {' and '.join(who)}: {text}" for text, who in ranks.items()))
     return [r["result"] for r in replies]
 
@@ -884,6 +1123,7 @@ class ColocateWorkerExtension:
     """
 
     _plan: CopyPlan | None = None  # set while connected
+    _recording: tuple[Shapes, Recording] | None = None  # the last recording, and for which weights
 
     def reply_to_call(self, method: str, *args) -> dict:
         """What `call_workers` calls: {"result"}, or {"error", "kind"} of the exception."""
@@ -891,7 +1131,7 @@ class ColocateWorkerExtension:
             return {"result": getattr(self, method)(*args)}
         except Exception as error:
             kind = type(error).__name__
-            text = str(error) if kind in ("HandleError", "RuntimeError") else f"{kind}: {error}"
+            text = str(error) if kind in ("HandleError", "NotHandled", "RuntimeError") else f"{kind}: {error}"
             return {"error": text, "kind": kind}
 
     def report_device_id(self) -> dict:
@@ -908,14 +1148,12 @@ class ColocateWorkerExtension:
         Returns {"version", "weights", "bytes", "open_ms", "load_ms"}; bytes as received.
         Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
         """
-        message, layout = self._checked(messages)
+        recording = self._record(messages)
         start = time.perf_counter()
-        with open_handles(message, self.device) as weights:
+        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
             opened = time.perf_counter()
             version = weights.pop(VERSION)
-            if layout.unknown:
-                require_written_once(self.get_model(), self.model_config, weights, layout)
-            _load_weights(self.get_model(), self.model_config, weights.items(), layout.needs_reload)
+            _load_weights(self.get_model(), self.model_config, weights.items(), recording.reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
             version = int(version)  # after the loaders: the trainer's weights were still that version
@@ -928,36 +1166,33 @@ class ColocateWorkerExtension:
         }
 
     def connect_weights(self, messages: dict) -> dict:
-        """Map this GPU's weights for good and record how vLLM's loaders bring them in, once per trainer and engine.
+        """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
-        That loads them, too. Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: how
-        many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders
-        (processed after loading). An earlier connection ends with the call.
-        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights; if the
-        trainer turns out to be in the middle of a step, some are loaded by then.
+        It writes no parameter: the first push does. An earlier connection ends with the call.
+        Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: the trainer's version, how
+        many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders.
+        Raises HandleError unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
-        message, layout = self._checked(messages)
         start = time.perf_counter()
+        recording = self._record(messages)
+        recorded = time.perf_counter()
         with contextlib.ExitStack() as mapping:
-            weights = mapping.enter_context(open_handles(message, self.device))
+            weights = mapping.enter_context(open_handles(messages[device_uuid(self.device)], self.device))
             opened = time.perf_counter()
-            word = weights.pop(VERSION)
-            version = int(word)
-            if layout.unknown:
-                require_written_once(self.get_model(), self.model_config, weights, layout)
-            plan = CopyPlan(self.get_model(), self.model_config, weights, word, layout)
-            if version < 0 or int(word) != version:
-                raise HandleError("found the trainer in the middle of a step, needed it at rest: connect between steps")
-            self._plan, self._mapping = plan, mapping.pop_all()
+            version = weights.pop(VERSION)
+            plan = CopyPlan(self.get_model(), self.model_config, recording, weights, version)
+            self._plan = plan
+            self._mapping = mapping.pop_all()
+        bound = time.perf_counter()
         return {
-            "version": version,
-            "weights": len(plan.weights),
+            "version": int(version),
+            "weights": len(weights),
             "copies": len(plan.copies),
             "bytes": plan.nbytes,
-            "loaders": plan.loaders,
-            "open_ms": 1e3 * (opened - start),
-            "record_ms": 1e3 * (time.perf_counter() - opened),
+            "loaders": recording.loaders,
+            "open_ms": 1e3 * (opened - recorded),
+            "record_ms": 1e3 * (recorded - start + bound - opened),
         }
 
     def push_weights(self, version: int) -> dict:
@@ -966,7 +1201,7 @@ class ColocateWorkerExtension:
         Raises HandleError if the trainer's weights are not that version, RuntimeError without `connect_weights`.
         """
         if self._plan is None:
-            raise RuntimeError("found no connection to a trainer, needed connect_weights() before push_weights()")
+            raise RuntimeError("there is no connection to a trainer. Try: connect_weights before push_weights")
         start = time.perf_counter()
         self._plan.push(version)
         return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
@@ -992,8 +1227,8 @@ class ColocateWorkerExtension:
         `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
         elements by parameter (see Layout).
         """
-        layout = expected_layout(self.get_model(), _names(self._own(messages)))
-        with open_handles(self._own(messages), self.device) as weights:
+        layout = expected_layout(self.get_model(), [w["name"] for w in messages[device_uuid(self.device)]["weights"]])
+        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
             weights.pop(VERSION)
             transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
             checked, wrong = self._compare(layout, weights)
@@ -1028,7 +1263,7 @@ class ColocateWorkerExtension:
     def check_weights_changed(self) -> bool:
         """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
         if not hasattr(self, "_recorded"):
-            raise RuntimeError("found no record of the old weights, needed record_weights() before the push")
+            raise RuntimeError("there is no record of the old weights. Try: record_weights before the push")
         return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
 
     def corrupt_weights(self, messages: dict, fault: str) -> None:
@@ -1040,25 +1275,19 @@ class ColocateWorkerExtension:
             parameter = next(p for p in parameters.values() if p.dim() == 2)
             parameter.data.view(BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
             return
-        names = _names(self._own(messages))
+        names = [w["name"] for w in messages[device_uuid(self.device)]["weights"]]
         mine, other = (expected_layout(self.get_model(), names, tp_rank=rank).regions for rank in (0, 1))
         region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
-        with open_handles(self._own(messages), self.device) as weights:
+        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
             parameters[region.parameter].data[region.dst].copy_(region.source(weights[region.weight]))
 
-    def _checked(self, messages: dict) -> tuple[dict, Layout]:
-        """This GPU's message and the model's layout. Raises HandleError unless all messages hold just its weights."""
-        message = self._own(messages)
-        layout = expected_layout(self.get_model(), _names(message))
-        for other in messages.values():  # the same weights on every GPU: all workers load, or none
-            check_message(other, layout)
-        return message, layout
-
-    def _own(self, messages: dict) -> dict:
-        gpu = device_uuid(self.device)
-        if gpu not in messages:
-            raise HandleError(f"found handles for {', '.join(messages) or 'no GPU'}, needed some for {gpu}")
-        return messages[gpu]
+    def _record(self, messages: dict) -> Recording:
+        """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""
+        weights = check_messages(messages, device_uuid(self.device))
+        if self._recording is None or self._recording[0] != weights:
+            tp_size = self.parallel_config.tensor_parallel_size
+            self._recording = (weights, record_loaders(self.get_model(), self.model_config, weights, tp_size))
+        return self._recording[1]
 
 
 def _load_weights(
@@ -1066,11 +1295,8 @@ def _load_weights(
     model_config,
     weights: Iterable[tuple[str, torch.Tensor]],
     needs_reload: bool,
-    watch: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
-
-    watch: called with the parameters that the reload puts in place of the model's for as long as it runs.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
     loader wants. vLLM's layerwise reload restores them, loads, processes and copies back into the same addresses, one
@@ -1089,8 +1315,6 @@ def _load_weights(
             method.moe_kernel = None
     initialize_layerwise_reload(model)
     try:
-        if watch:
-            watch(dict(model.named_parameters()))
         model.load_weights(weights)
     finally:  # it has taken the model's parameters away
         finalize_layerwise_reload(model, model_config)

@@ -158,25 +158,27 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     layout = u.expected_layout(model, weights)
     parameters = dict(model.named_parameters())
     comparable = {r.parameter for r in layout.regions if r.dst is not None}
+    shapes = {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}
     found = {"architecture": layout.architecture, "padding": layout.padding, "processed": layout.processed}
     found["unknown"] = layout.unknown
     found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
     with set_current_vllm_config(config):
         before = digests()
-        if refused := refusal(model, config.model_config, weights, version):
+        if refused := refusal(model, config.model_config, weights, world):
             return found | {"refused": refused, "touched": digests() != before}
         name = list(weights)[len(weights) // 2]
         dropped = {n: w for n, w in weights.items() if n != name}
-        found["dropped"] = refusal(model, config.model_config, dropped, version)
-        found["renamed"] = refusal(model, config.model_config, dropped | {name + "x": weights[name]}, version)
+        found["dropped"] = refusal(model, config.model_config, dropped, world)
+        found["renamed"] = refusal(model, config.model_config, dropped | {name + "x": weights[name]}, world)
         assert digests() == before, "no check may touch a parameter"
         assert differing(layout) == comparable, "before loading, every parameter must differ"
         load()
         found["wrong"] = sorted(differing(layout))
         found["uncovered"] = uncovered(layout, parameters)
         # The recorded plan must bring in new values exactly as the loaders bring them.
-        plan = u.CopyPlan(model, config.model_config, weights, version, layout)
-        found["copies"], found["loaders"] = len(plan.copies), len(plan.loaders)
+        recording = u.record_loaders(model, config.model_config, shapes, world)
+        plan = u.CopyPlan(model, config.model_config, recording, weights, version)
+        found["copies"], found["loaders"] = len(plan.copies), len(recording.loaders)
         change(1)
         load()
         by_loaders = digests()
@@ -197,15 +199,12 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     return found
 
 
-def refusal(model, model_config, weights: dict, version) -> str:
+def refusal(model, model_config, weights: dict, world: int) -> str:
     """What a worker would say of these weights before it loads any; "" if it would load them."""
     import rlhf_utils as u
 
-    layout = u.expected_layout(model, weights)
     try:
-        u.check_message(u.export_handles([*weights.items(), (u.VERSION, version)]), layout)
-        if layout.unknown:
-            u.require_written_once(model, model_config, weights, layout)
+        u.record_loaders(model, model_config, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}, world)
     except u.HandleError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ import torch
 from running import deadline
 
 import rlhf_utils
-from rlhf_utils import HandleError, Layout, Region, check_message, checksum, digest, export_handles, open_handles
+from rlhf_utils import HandleError, check_messages, checksum, digest, export_handles, open_handles
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_a_tensor_without_storage():
 
 
 def test_private_memory_is_refused():
-    with pytest.raises(HandleError, match="shared memory"):
+    with pytest.raises(HandleError, match="Try: share_memory"):
         export_handles([("w", torch.ones(3))])
 
 
@@ -219,16 +219,12 @@ def test_checkpoint_tensors_are_views_with_the_names_of_the_checkpoint(tmp_path,
     assert {t.untyped_storage().data_ptr() for t in tensors.values()} == storages, "views, not copies"
 
 
-def layout() -> Layout:
-    def region(weight: str, rows: int) -> Region:
-        return Region("fused", (slice(0, 2),), weight, (slice(0, 2),), (rows, 3), torch.float32)
-
-    return Layout([region("a", 4), region("b", 4)], {}, {}, False, frozenset())
-
-
-def check(*weights: dict) -> None:
-    message = {"storages": [{"kind": "cpu", "nbytes": 48}, {"kind": "cpu", "nbytes": 8}], "weights": list(weights)}
-    check_message(message | {"checksum": checksum(message)}, layout())
+def check(*weights: dict, others: tuple[dict, ...] | None = None) -> rlhf_utils.Shapes:
+    storages = [{"kind": "cpu", "nbytes": 48}, {"kind": "cpu", "nbytes": 8}]
+    messages = {"GPU-1": {"storages": storages, "weights": list(weights)}}
+    if others is not None:
+        messages["GPU-2"] = {"storages": storages, "weights": list(others)}
+    return check_messages({gpu: m | {"checksum": checksum(m)} for gpu, m in messages.items()}, "GPU-1")
 
 
 def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
@@ -239,12 +235,16 @@ VERSION = {"name": rlhf_utils.VERSION, "shape": [], "stride": [], "dtype": "int6
 
 
 def test_a_complete_message_is_accepted():
-    check(weight("b"), weight("a"), VERSION)
+    both = {"a": ((4, 3), torch.float32), "b": ((4, 3), torch.float32)}
+    assert check(weight("b"), weight("a"), VERSION) == both
+    assert check(weight("b"), weight("a"), VERSION, others=(VERSION, weight("a"), weight("b"))) == both
 
 
-def test_a_tensor_beyond_its_storage_is_refused_whoever_it_is_for():
-    with pytest.raises(HandleError, match="b: found a tensor that ends at byte 52 of a storage of 48"):
+def test_a_tensor_beyond_its_storage_is_refused_whichever_gpu_it_is_for():
+    with pytest.raises(HandleError, match="b: the tensor ends at byte 52 of a storage of 48"):
         check(weight("a"), weight("b") | {"offset": 1}, VERSION)
+    with pytest.raises(HandleError, match="b: the tensor ends at byte 52 of a storage of 48"):
+        check(weight("b"), VERSION, others=(weight("b") | {"offset": 1}, VERSION))
 
 
 def test_a_message_without_a_version_is_refused():
@@ -252,50 +252,31 @@ def test_a_message_without_a_version_is_refused():
         check(weight("b"), weight("a"))
 
 
+def test_a_message_for_another_gpu_is_refused():
+    with pytest.raises(HandleError, match="handles for GPU-2, but none for GPU-1"):
+        check_messages({"GPU-2": {}}, "GPU-1")
+
+
+def test_a_changed_message_is_refused():
+    message = {"storages": [], "weights": []}
+    with pytest.raises(HandleError, match="checksum differs"):
+        check_messages({"GPU-1": message | {"checksum": checksum(message) + "0"}}, "GPU-1")
+
+
 @pytest.mark.parametrize(
-    ("weights", "says"),
+    ("theirs", "says"),
     [
-        ([weight("a")], "missing: b"),
-        ([weight("a"), weight("b"), weight("c")], "unexpected: c"),
-        ([weight("a"), weight("b"), weight("a")], "duplicate: a"),
-        ([weight("a"), weight("b", (3, 4))], r"wrong shape: b: found \(3, 4\), needed \(4, 3\)"),
-        ([weight("a"), weight("b", dtype="bfloat16")], "wrong dtype: b: found bfloat16, needed float32"),
+        ([weight("a")], r"missing: b \(GPU-2\)"),
+        ([weight("a"), weight("b"), weight("c")], r"unexpected: c \(GPU-2\)"),
+        ([weight("a"), weight("b"), weight("a")], r"duplicate: a \(GPU-2\)"),
+        ([weight("a"), weight("b", (3, 4))], r"wrong shape: b: \(3, 4\) \(GPU-2\), and \(4, 3\)"),
+        ([weight("a"), weight("b", dtype="bfloat16")], r"wrong dtype: b: bfloat16 \(GPU-2\), and float32"),
     ],
 )
-def test_a_wrong_message_is_refused_by_name(weights, says):
+def test_gpus_with_other_weights_are_refused_by_name(theirs, says):
+    """Each rank compares all messages with its own: all ranks load, or none."""
     with pytest.raises(HandleError, match=says):
-        check(*weights, VERSION)
-
-
-def test_each_element_written_once_is_told_from_less_and_from_more():
-    parameter = torch.zeros(4, 6)
-    upper, lower = (parameter[:2], True), (parameter[2:], True)
-    computed = (parameter[2:], False)
-    count = rlhf_utils._times_written
-    assert count([upper, lower], parameter, repeated=False) == 24
-    assert count([upper], parameter, repeated=False) == 12
-    assert count([upper, lower, computed], parameter, repeated=False) == 24, "transformed in place after its load"
-    assert count([upper, lower, lower], parameter, repeated=False) is None
-    assert count([upper, lower, lower], parameter, repeated=True) == 24
-    assert count([upper, (parameter[1:], True)], parameter, repeated=False) is None
-
-
-def test_the_loaders_record_leaves_the_parameters_alone():
-    class Model(torch.nn.Linear):
-        def load_weights(self, weights):
-            for name, weight in weights:
-                getattr(self, name).data.copy_(weight.t() if name == "weight" else weight)
-
-    model = Model(3, 2)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    weights = {"weight": torch.randn(3, 2), "bias": torch.randn(2)}
-    unknown = Layout([], {}, {}, False, frozenset(), unknown={"weight": 6, "bias": 2}, architecture="Model")
-    rlhf_utils.require_written_once(model, None, weights, unknown)
-    with pytest.raises(HandleError, match=r"Model is not handled, nothing was loaded: .*bias: 0 of 2"):
-        rlhf_utils.require_written_once(model, None, {"weight": weights["weight"]}, unknown)
-    with pytest.raises(HandleError, match=r"do not take the trainer's weights .AttributeError"):
-        rlhf_utils.require_written_once(model, None, weights | {"other": weights["bias"]}, unknown)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        check(weight("a"), weight("b"), VERSION, others=(*theirs, VERSION))
 
 
 def test_strict_makes_an_error_of_what_was_not_compared():
