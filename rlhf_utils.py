@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -1085,7 +1086,8 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
 def call_workers(llm, method: str, *args) -> list:
     """Call a method of `ColocateWorkerExtension` on all workers of a `vllm.LLM`; their results in rank order.
 
-    Raises HandleError or RuntimeError with what the ranks' exceptions said, once all of them have replied. Where a
+    method: its name, or "module:function" for a function(worker, *args), which each worker imports.
+    Raises HandleError, NotHandled or RuntimeError with what the ranks' exceptions said, once all have replied. Where a
     worker raises, vLLM's collective_rpc raises too, but leaves the replies of the ranks after it in their queues, and
     takes them for those to the next call: so each worker catches its exception and replies with it.
     https://github.com/vllm-project/vllm/blob/main/vllm/v1/executor/multiproc_executor.py
@@ -1096,15 +1098,13 @@ def call_workers(llm, method: str, *args) -> list:
         ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
         for rank, reply in failed.items():
             ranks.setdefault(reply["error"], []).append(str(rank))
+        text = "; ".join(f"rank {' and '.join(which)}: {error}" for error, which in ranks.items())
         kinds = {r["kind"] for r in failed.values()}
-        kind = (
-            NotHandled
-            if kinds == {"NotHandled"}
-            else HandleError
-            if kinds <= {"HandleError", "NotHandled"}
-            else RuntimeError
-        )
-        raise kind("; ".join(f"rank {' and '.join(who)}: {text}" for text, who in ranks.items()))
+        if kinds == {"NotHandled"}:
+            raise NotHandled(text)
+        if kinds <= {"HandleError", "NotHandled"}:
+            raise HandleError(text)
+        raise RuntimeError(text)
     return [r["result"] for r in replies]
 
 
@@ -1128,7 +1128,10 @@ class ColocateWorkerExtension:
     def reply_to_call(self, method: str, *args) -> dict:
         """What `call_workers` calls: {"result"}, or {"error", "kind"} of the exception."""
         try:
-            return {"result": getattr(self, method)(*args)}
+            module, _, name = method.rpartition(":")
+            if module:
+                return {"result": getattr(importlib.import_module(module), name)(self, *args)}
+            return {"result": getattr(self, name)(*args)}
         except Exception as error:
             kind = type(error).__name__
             text = str(error) if kind in ("HandleError", "NotHandled", "RuntimeError") else f"{kind}: {error}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from running import deadline, eventually
@@ -16,7 +17,7 @@ import rlhf_colocate as rc
 from benchmarks.soak import slope
 from colocate.config import USAGE, Stop, stage_timeouts
 from rlhf_faults import Watch, remove
-from rlhf_utils import ColocateWorkerExtension, HandleError, call_workers
+from rlhf_utils import ColocateWorkerExtension, HandleError, NotHandled, call_workers
 
 
 def test_stage_timeouts():
@@ -108,6 +109,18 @@ def test_the_errors_of_all_ranks_reach_the_caller():
         call_workers(Workers(HandleError("stale"), HandleError("stale")), "push_weights", 3)
     with pytest.raises(RuntimeError, match=r"^rank 0: KeyError: 'x'; rank 1: stale$"):
         call_workers(Workers(KeyError("x"), HandleError("stale")), "push_weights", 3)
+    with pytest.raises(NotHandled, match=r"^rank 0 and 1: odd$"):
+        call_workers(Workers(NotHandled("odd"), NotHandled("odd")), "push_weights", 3)
+    with pytest.raises(HandleError, match=r"^rank 0: odd; rank 1: stale$") as caught:
+        call_workers(Workers(NotHandled("odd"), HandleError("stale")), "push_weights", 3)
+    assert caught.type is HandleError
+
+
+def test_a_function_is_called_with_the_worker():
+    assert call_workers(Workers(None, None), "builtins:repr") == [mock.ANY] * 2
+    assert call_workers(Workers(None, None), "builtins:isinstance", Rank) == [True, True]
+    with pytest.raises(RuntimeError, match=r"rank 0: ModuleNotFoundError: .*nowhere"):
+        call_workers(Workers(None), "nowhere:function")
 
 
 def engine(workers: Workers) -> rc.MyLLM:
