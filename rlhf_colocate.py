@@ -738,8 +738,10 @@ class Colocation:
 
     def check_replicas(self) -> dict[str, str]:
         """{weight: digest}. Raises Stop unless the weights are bitwise the same in all trainers."""
+        from colocate import verify
+
         digests = self.on_trainers("weight_digests")
-        if wrong := different_weights(digests):
+        if wrong := verify.different_weights(digests):
             raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(wrong)}")
         return digests[0]
 
@@ -885,9 +887,11 @@ class Colocation:
 
     def verify_elements(self, digests: dict[str, str]) -> dict:
         """Compare every weight that arrived, and every parameter element. {"transport": {...}, "placement": {...}}."""
-        results = self.on_workers("verify_weights", self.handles(), digests)
+        from colocate import verify
+
+        results = self.on_workers("colocate.verify:compare", self.handles(), digests)
         self.watch.note_files()  # by now all have mapped what they share
-        return {kind: check_workers(results, kind, self.config.strict) for kind in ("transport", "placement")}
+        return {kind: verify.check_workers(results, kind, self.config.strict) for kind in ("transport", "placement")}
 
     def require_elements(self, digests: dict[str, str], when: str) -> int:
         """How many parameter elements `verify_elements` found right. Raises Stop if there is a wrong one."""
@@ -902,6 +906,8 @@ class Colocation:
 
         digests: the trainers', from `perturb`. before: the engines' outputs for the prompts with the old weights.
         """
+        from colocate import verify
+
         elements = self.verify_elements(digests)
         changed = self.on_workers("check_weights_changed")
         after = self.generate(prompts)
@@ -910,8 +916,8 @@ class Colocation:
         trainer = self.ask(scorers, "token_logprobs", each=[(s,) for s in sequences])
         checks = {
             **elements,
-            "changed": check_changed(changed),
-            "behaviour": check_behaviour(before, after, trainer, self.config.logprob_tolerance),
+            "changed": verify.check_changed(changed),
+            "behaviour": verify.check_behaviour(before, after, trainer, self.config.logprob_tolerance),
         }
         return checks, after
 
@@ -970,7 +976,7 @@ class SabotagedColocation(Colocation):
             return {"version": version, "method": "none", "wall_ms": 0.0, "bytes": 0, "workers": []}
         push = super().push(version)
         if self.config.inject in ("flip-element", "wrong-tp-slice"):
-            self.on_workers("corrupt_weights", self.handles(), self.config.inject)
+            self.on_workers("benchmarks.corrupt:corrupt", self.handles(), self.config.inject)
         return push
 
 
@@ -985,61 +991,6 @@ def free_port() -> int:
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
-
-
-def different_weights(digests: list[dict[str, str]]) -> list[str]:
-    """Names of the weights that are not bitwise identical in all trainers. Pushed, they would tear an engine apart."""
-    first = digests[0]
-    return sorted({n for other in digests[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)})
-
-
-def check_changed(changed: list[bool]) -> dict:
-    """Combine `check_weights_changed` of all workers, given as a flat list."""
-    wrong = [f"worker {i}" for i, c in enumerate(changed) if not c]
-    return {"ok": bool(changed) and all(changed), "checked": len(changed), "wrong": wrong}
-
-
-def check_workers(results: list[dict], kind: str, strict: bool = False) -> dict:
-    """Combine the workers' `verify_weights`: ok only if every worker checked something and found nothing wrong.
-
-    For elements whose place the layout does not know, vLLM's loaders were checked instead, before the push. strict:
-    what was not compared is wrong.
-    """
-    parts = [r[kind] for r in results]
-    wrong = {}
-    for r in results:
-        found = r[kind]["wrong"]
-        if strict and kind == "placement":
-            unknown = r[kind]["processed"] | r[kind]["unknown"]
-            found = found | {name: f"{count} elements were not compared (--strict)" for name, count in unknown.items()}
-        if found:
-            wrong[f"{r['gpu']} rank {r['tp_rank']}"] = found
-    checked = all(p["checked"] > 0 or p.get("unknown") for p in parts)
-    out = {"ok": not wrong and checked, "checked": sum(p["checked"] for p in parts)}
-    for extra in ("padding", "processed", "unknown"):
-        if extra in parts[0]:
-            out[extra] = {f"{r['gpu']} {n}": c for r in results for n, c in r[kind][extra].items()}
-    return out | {"wrong": wrong}
-
-
-def check_behaviour(before: list, after: list, trainer: list, tolerance: float) -> dict:
-    """Compare log-probabilities: every engine with the trainer (must agree), and with itself before (must not).
-
-    before, after: per engine and prompt, what `MyLLM.generate` returns; trainer: per engine and prompt, the trainer's
-    log-probabilities of the tokens in `after`. Gaps are absolute differences in nats, over prompt and new tokens. What
-    bf16 leaves was measured: 0.002 to 0.012 on average with random weights, 0.037 with a pretrained SmolLM2-135M, and
-    0.18 for the worst token; wrong weights leave 0.15 and more on average.
-    """
-    gaps, moved = [], []
-    for old, new, reference in zip(flatten(before), flatten(after), flatten(trainer), strict=True):
-        gaps += [abs(a - b) for a, b in zip(new["logprobs"], reference, strict=True)]
-        prompt = len(new["prompt"]) - 1  # the same tokens before and after
-        moved += [abs(a - b) for a, b in zip(new["logprobs"][:prompt], old["logprobs"][:prompt], strict=True)]
-    worst, gap, moved_by = max(gaps), sum(gaps) / len(gaps), sum(moved) / len(moved)
-    ok = gap <= tolerance and worst <= 10 * tolerance and moved_by > 2 * gap
-    wrong = [] if ok else [f"mean gap {gap:.4f}, largest {worst:.4f}, moved by {moved_by:.4f} nats"]
-    numbers = {"mean_gap_nats": gap, "max_gap_nats": worst, "moved_by_nats": moved_by, "tolerance_nats": tolerance}
-    return {"ok": ok, "checked": len(gaps), **numbers, "wrong": wrong}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import multiprocessing.shared_memory
@@ -26,7 +25,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -305,251 +304,8 @@ def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Worker side: what must be where
+# Worker side: whether messages fit
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Region:
-    """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit.
-
-    dst None: the weight is in the parameter, but in an order of its kernel's own, so it cannot be compared.
-    transposed: src is a part of the transposed weight.
-    """
-
-    parameter: str
-    dst: tuple[slice | int, ...] | None
-    weight: str
-    src: tuple[slice | int, ...]
-    shape: tuple[int, ...]  # of the whole checkpoint weight
-    dtype: torch.dtype
-    transposed: bool = False
-
-    def source(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of the whole weight that belongs here, as a view."""
-        return (weight.t() if self.transposed else weight)[self.src]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where every checkpoint weight belongs in one rank's parameters (see `expected_layout`)."""
-
-    regions: list[Region]
-    padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
-    processed: dict[str, int]  # parameter -> elements that cannot be compared: their kernel has an order of its own
-    needs_reload: bool  # some layer is processed after loading
-    reload: frozenset[str]  # weights whose parameters do not keep them as they are loaded
-    unknown: dict[str, int] = field(default_factory=dict)  # parameter -> elements that no region accounts for
-    extra: frozenset[str] = frozenset()  # weights without a region, which the unknown parameters may need
-    architecture: str = "the model"
-
-
-# Families whose checkpoints hold q, k and v (or gate and up) as one weight, by the order of its rows:
-STACKED = {"phi3", "glm", "glm4", "gpt2", "gpt_bigcode"}  # all q, all k, all v, as vLLM has them
-GROUPED = {"falcon", "bloom", "gpt_neox"}  # by KV head: its q heads, its k head, its v head
-# Layers that the checkpoint has as (in, out), not as (out, in): transformers' Conv1D.
-TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}
-
-
-def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int | None = None) -> Layout:
-    """Derive, without vLLM's loaders, which slice of which checkpoint weight belongs where in a vLLM model.
-
-    It is a second opinion on what the loaders do: from the layers' classes and sizes alone it un-fuses qkv and
-    gate_up, cuts the tensor-parallel slices, repeats KV heads where there are fewer of them than ranks, and leaves out
-    the padding of the vocabulary. Parameters that share memory (tied embeddings) count once.
-    A parameter is `unknown` if its layer is of another kind, or if a weight that it should have is not among `names`
-    while others are that no parameter should have: then the checkpoint names or orders its weights in another way.
-    `require_written_once` speaks for the unknown ones.
-
-    model: the rank's model (`worker.get_model()`), unquantized. names: of the weights that the trainer sends.
-    tp_rank: as if for another rank (for fault injection).
-    """
-    names = set(names) - {VERSION}
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", "")
-    spelled = _names_in_checkpoint(model, names)
-    packed = _packed_layers(model)
-    # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
-    mla = any(hasattr(m, "W_UV") for m in model.modules())
-    needs_reload = mla or any(hasattr(m, "w13_weight") for m in model.modules())
-    places: dict[str, list[Region]] = {}
-    sizes: dict[str, int] = {}
-    padding: dict[str, int] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            regions = _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank)
-            if prefix.rpartition(".")[2] in TRANSPOSED.get(kind, ()) and leaf == "weight":
-                regions = [replace(r, transposed=True, shape=r.shape[::-1]) for r in regions]
-            regions = [replace(r, weight=spelled.get(r.weight, r.weight)) for r in regions]
-            sizes[name] = parameter.numel()
-            if all(r.dst is not None for r in regions):
-                rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
-                if rest > 0 and hasattr(module, "org_vocab_size"):
-                    padding[name] = rest
-                elif rest:
-                    regions = []
-            places[name] = regions
-    extra = names - {r.weight for regions in places.values() for r in regions}
-    unknown = {n for n, regions in places.items() if not regions}
-    if extra:
-        unknown |= {n for n, regions in places.items() if any(r.weight not in names for r in regions)}
-    known = {n: regions for n, regions in places.items() if n not in unknown}
-    layout = [r for regions in known.values() for r in regions]
-    extra = frozenset(names - {r.weight for r in layout}) if unknown else frozenset()
-    reload = frozenset(r.weight for r in layout if mla or r.dst is None)
-    return Layout(
-        regions=layout,
-        padding=padding,
-        processed={n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
-        needs_reload=needs_reload,
-        reload=reload | extra if needs_reload else reload,
-        unknown={n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
-        extra=extra,
-        architecture=(getattr(config, "architectures", None) or [type(model).__name__])[0],
-    )
-
-
-def _names_in_checkpoint(model: torch.nn.Module, names: set[str]) -> dict[str, str]:
-    """{a weight's name as vLLM's model may have it: its name in the checkpoint}, by vLLM's own tables of renamings."""
-    renamed = {name: name for name in names}
-    for prefix, module in model.named_modules():
-        if mapper := getattr(module, "hf_to_vllm_mapper", None):
-            rename = replace(mapper, orig_to_new_stacked={})._map_name  # without the fusing of layers
-            start = f"{prefix}." if prefix else ""
-            for name, now in renamed.items():
-                if now.startswith(start):
-                    renamed[name] = start + (rename(now.removeprefix(start)) or name)
-    return {now: name for name, now in renamed.items()} | {name: name for name in names}
-
-
-def _packed_layers(model: torch.nn.Module) -> dict[str, list[str]]:
-    """{a fused layer of vLLM: the checkpoint's layers in it}, as in {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}."""
-    packed: dict[str, list[str]] = {}
-    for module in model.modules():
-        stacked = getattr(getattr(module, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
-        for part, (fused, _) in stacked.items():
-            parts = packed.setdefault(fused.rpartition(".")[2], [])
-            if (last := part.rpartition(".")[2]) not in parts:
-                parts.append(last)
-    return packed | getattr(model, "packed_modules_mapping", {})
-
-
-def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank) -> list[Region]:
-    """The regions of one parameter; none if its layer's kind, or the order of its weights' rows, is not known."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-    from vllm.model_executor.layers.linear import (
-        ColumnParallelLinear,
-        LinearBase,
-        MergedColumnParallelLinear,
-        QKVParallelLinear,
-        RowParallelLinear,
-    )
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    shape, dtype = tuple(parameter.shape), parameter.dtype
-    tp = getattr(module, "tp_size", 1)
-    if tp_rank is None:
-        tp_rank = get_tensor_model_parallel_rank()
-    rank = tp_rank if tp > 1 else 0  # layers may opt out (disable_tp)
-    parent, _, last = prefix.rpartition(".")
-
-    def rows(weight: str, dst_start: int, src_start: int, n: int, total: int) -> Region:
-        dst, src = (slice(dst_start, dst_start + n),), (slice(src_start, src_start + n),)
-        return Region(name, dst, weight, src, (total, *shape[1:]), dtype)
-
-    if parameter.numel() == 0:
-        raise HandleError(
-            f"{name}: vLLM's CPU backend has repacked it: pass preload_engine_process as "
-            "Ray's worker_process_setup_hook, with RLHF_COLOCATE_ROLE=engine"
-        )
-    if leaf in ("w13_weight", "w2_weight"):
-        return _expert_regions(name, prefix, leaf, module, parameter, tp_rank)
-    loader = inspect.unwrap(getattr(parameter, "weight_loader", module.forward))
-    if isinstance(module, LinearBase) and getattr(loader, "__self__", None) is not module:
-        return []  # not the layer's own loader: Mamba's layers, for one, put rows in an order of theirs
-    if isinstance(module, VocabParallelEmbedding):
-        start = rank * shape[0]
-        n = max(0, min(shape[0], module.org_vocab_size - start))
-        return [rows(name, 0, start, n, module.org_vocab_size)]
-    if isinstance(module, QKVParallelLinear):
-        q, kv = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
-        v = module.num_kv_heads * getattr(module, "v_head_size", module.head_size)
-        kv_rank = rank // module.num_kv_head_replicas
-        sizes = [(q, rank, tp), (kv, kv_rank, tp // module.num_kv_head_replicas)]
-        sizes += [(v, kv_rank, tp // module.num_kv_head_replicas)]
-    elif isinstance(module, MergedColumnParallelLinear):
-        sizes = [(n // tp, rank, tp) for n in module.output_sizes]
-    elif isinstance(module, ColumnParallelLinear):
-        return [rows(name, 0, rank * shape[0], shape[0], shape[0] * tp)]
-    elif isinstance(module, RowParallelLinear) and leaf == "weight":
-        columns = slice(rank * shape[1], (rank + 1) * shape[1])
-        return [
-            Region(name, (slice(None), slice(None)), name, (slice(None), columns), (shape[0], shape[1] * tp), dtype)
-        ]
-    elif type(module).__name__.endswith("Norm") and len(shape) == 2:  # a row for each head
-        return [rows(name, 0, tp_rank * shape[0], shape[0], shape[0] * get_tensor_model_parallel_world_size())]
-    elif type(module).__name__.endswith("Norm") or isinstance(
-        module, (LinearBase, torch.nn.Linear, torch.nn.Embedding)
-    ):  # the same on every rank: norms, positions, biases of row-parallel layers, routers
-        return [Region(name, (), name, (), shape, dtype)]
-    else:
-        return []
-    # A fused layer: its parts come as weights of their own (Llama), or as one fused weight (Phi-3).
-    parts, total = packed.get(last, []), sum(n * of for n, _, of in sizes)
-    separate = len(parts) == len(sizes) and name not in spelled
-    kind = getattr(config, "model_type", "")
-    if not separate and kind in GROUPED and isinstance(module, QKVParallelLinear):
-        return _grouped_regions(name, module, rank, kv_rank, rows)
-    if not separate and kind not in STACKED:
-        return []
-    regions, dst, base = [], 0, 0
-    for i, (n, r, of) in enumerate(sizes):
-        if separate:
-            regions.append(rows(f"{parent}.{parts[i]}.{leaf}", dst, r * n, n, n * of))
-        else:
-            regions.append(rows(name, dst, base + r * n, n, total))
-        dst, base = dst + n, base + n * of
-    return regions
-
-
-def _grouped_regions(name, module, rank, kv_rank, rows) -> list[Region]:
-    """Where the checkpoint has, for each KV head, its q heads, k and v, and vLLM has all q, all k, all v."""
-    size = module.head_size
-    group = module.total_num_heads // module.total_num_kv_heads  # q heads of a KV head
-    heads = range(rank * module.num_heads, (rank + 1) * module.num_heads)
-    kv_heads = range(kv_rank * module.num_kv_heads, (kv_rank + 1) * module.num_kv_heads)
-    order = [h // group * (group + 2) + h % group for h in heads]  # places in the checkpoint, counted in heads
-    order += [h * (group + 2) + group for h in kv_heads]
-    order += [h * (group + 2) + group + 1 for h in kv_heads]
-    total = module.total_num_kv_heads * (group + 2) * size
-    return [rows(name, i * size, place * size, size, total) for i, place in enumerate(order)]
-
-
-def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Region]:
-    """w13 (experts, gate rows then up rows, hidden) and w2 (experts, hidden, intermediate), cut along intermediate."""
-    config = module.moe_config
-    tp = config.moe_parallel_config.tp_size
-    rank = tp_rank if tp > 1 else 0
-    hidden, n = config.hidden_dim_unpadded, config.intermediate_size_per_partition_unpadded
-    cut = slice(rank * n, (rank + 1) * n)
-    prefix = prefix.removesuffix(".routed_experts")
-    # Triton's kernel takes the weights as they are loaded; all others permute, pack or pad them.
-    plain = module.quant_method.unquantized_backend.name == "TRITON"
-    regions = []
-    for e in range(module.global_num_experts):
-        parts = [(module.ckpt_down_proj_name, (e,), (slice(None), cut), (hidden, n * tp))]
-        if leaf == "w13_weight":
-            names = (module.ckpt_gate_proj_name, module.ckpt_up_proj_name)
-            parts = [(p, (e, slice(i * n, (i + 1) * n)), (cut,), (n * tp, hidden)) for i, p in enumerate(names)]
-        for part, dst, src, shape in parts:
-            weight = f"{prefix}.{e}.{part}.weight"
-            regions.append(Region(name, dst if plain else None, weight, src, shape, parameter.dtype))
-    return regions
 
 
 @_malformed()
@@ -586,12 +342,6 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {'; '.join(wrong[:5])}{more}")
     return {name: spec for name, spec in mine.items() if name != VERSION}
-
-
-def differing(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many elements of two tensors of the same shape and dtype differ in their bits."""
-    a, b = a.view(BITS[a.dtype.itemsize]), b.view(BITS[b.dtype.itemsize])
-    return 0 if torch.equal(a, b) else int((a != b).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1037,8 +787,8 @@ class CopyPlan:
             seen.append(int(self.version))
         if set(seen) != {version}:
             raise HandleError(
-                f"the trainer's weights were at version {' then '.join(map(str, dict.fromkeys(seen)))}, not at "
-                f"{version} (-1: a step is under way): the engine must not be used before a whole push"
+                f"the trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, not {version} "
+                "(-1: a step is under way): the engine must not be used before a whole push"
             )
 
     def _copy(self, copies: list, lanes: Sequence[torch.cuda.Stream] = ()) -> None:
@@ -1222,43 +972,6 @@ class ColocateWorkerExtension:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
-    def verify_weights(self, messages: dict, digests: dict) -> dict:
-        """Compare what arrived with what was sent, and every parameter element with what it must be.
-
-        digests: {weight: digest} by the trainer. Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"},
-        "placement": {"checked", "wrong", "padding", "processed", "unknown"}}; `checked` counts tensors and elements,
-        `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
-        elements by parameter (see Layout).
-        """
-        layout = expected_layout(self.get_model(), [w["name"] for w in messages[device_uuid(self.device)]["weights"]])
-        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
-            weights.pop(VERSION)
-            transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
-            checked, wrong = self._compare(layout, weights)
-            count = len(weights)
-        return {
-            "gpu": device_uuid(self.device),
-            "tp_rank": self.rank,
-            "transport": {"checked": count, "wrong": sorted(transport)},
-            "placement": {
-                "checked": checked,
-                "wrong": wrong,
-                "padding": layout.padding,
-                "processed": layout.processed,
-                "unknown": layout.unknown,
-            },
-        }
-
-    def _compare(self, layout: Layout, weights: dict[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
-        """Parameter elements against what they must be: how many, and {parameter: how many are wrong}."""
-        parameters = dict(self.get_model().named_parameters())
-        checked, wrong = 0, Counter()
-        for r in (r for r in layout.regions if r.dst is not None):
-            have = parameters[r.parameter].data[r.dst]
-            checked += have.numel()
-            wrong[r.parameter] += differing(have, r.source(weights[r.weight])) if r.weight in weights else have.numel()
-        return checked, dict(+wrong)
-
     def record_weights(self) -> None:
         """Remember a digest of every parameter for `check_weights_changed`."""
         self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
@@ -1268,21 +981,6 @@ class ColocateWorkerExtension:
         if not hasattr(self, "_recorded"):
             raise RuntimeError("there is no record of the old weights. Try: record_weights before the push")
         return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
-
-    def corrupt_weights(self, messages: dict, fault: str) -> None:
-        """Damage this worker's weights as a broken push would, on tensor-parallel rank 0. For the negative controls."""
-        if self.rank != 0:
-            return
-        parameters = dict(self.get_model().named_parameters())
-        if fault == "flip-element":
-            parameter = next(p for p in parameters.values() if p.dim() == 2)
-            parameter.data.view(BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
-            return
-        names = [w["name"] for w in messages[device_uuid(self.device)]["weights"]]
-        mine, other = (expected_layout(self.get_model(), names, tp_rank=rank).regions for rank in (0, 1))
-        region = next(b for a, b in zip(mine, other, strict=True) if a.src != b.src and a.dst == b.dst is not None)
-        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
-            parameters[region.parameter].data[region.dst].copy_(region.source(weights[region.weight]))
 
     def _record(self, messages: dict) -> Recording:
         """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""

@@ -119,6 +119,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     from vllm.config import set_current_vllm_config
 
     import rlhf_utils as u
+    from colocate import verify
 
     model, config = build(folder, rank, world, port)
     torch.manual_seed(1)
@@ -145,7 +146,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         wrong = set()
         parameters = dict(model.named_parameters())
         for r in layout.regions:
-            if r.dst is not None and u.differing(parameters[r.parameter].data[r.dst], r.source(weights[r.weight])):
+            if r.dst is not None and verify.differing(parameters[r.parameter].data[r.dst], r.source(weights[r.weight])):
                 wrong.add(r.parameter)
         return wrong
 
@@ -155,7 +156,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         with set_current_vllm_config(config):
             load()  # vLLM makes some parameters only when it loads their weights, as an engine has by now
     change(0)
-    layout = u.expected_layout(model, weights)
+    layout = verify.expected_layout(model, weights)
     parameters = dict(model.named_parameters())
     comparable = {r.parameter for r in layout.regions if r.dst is not None}
     shapes = {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}
@@ -194,7 +195,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         except u.HandleError as error:
             found["stale"] = str(error)
         # The other rank's layout must not fit: cut layers hold other slices there.
-        other = u.expected_layout(model, weights, tp_rank=1 - rank) if world == 2 else None
+        other = verify.expected_layout(model, weights, tp_rank=1 - rank) if world == 2 else None
         found["other_rank"] = len(differing(other)) if other else None
     return found
 

@@ -204,7 +204,7 @@ DRILLS = {
         fault="a training actor starts again, and the engine is not connected to the new one",
         expected="the push is refused",
         moment="rollout",
-        says=r"FAIL: engine 0 \(push_weights\): HandleError: .*found the trainer's weights at version",
+        says=r"FAIL: engine 0 \(push_weights\): HandleError: .*the trainer has weights at version",
         code=FAIL,
     ),
     "no-restarts": Drill(

@@ -16,6 +16,7 @@ import time
 
 import rlhf_colocate as rc
 import rlhf_utils
+from colocate import verify
 
 BUCKET_BYTES = 512 * 2**20
 PACKED_BYTES = 2**30  # vLLM's default
@@ -120,15 +121,16 @@ class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
         return super().push_weights(version) | {"began": began, "ended": time.perf_counter()}
 
     def needs_reload(self) -> bool:
-        return rlhf_utils.expected_layout(self.get_model(), []).needs_reload
+        return verify.expected_layout(self.get_model(), []).needs_reload
 
     def compare(self, messages: dict) -> tuple[int, dict[str, int]]:
         """(elements compared, {parameter: wrong elements})."""
-        with rlhf_utils.open_handles(self._own(messages), self.device) as weights:
-            return self._compare(rlhf_utils.expected_layout(self.get_model(), weights), weights)
+        with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(self.device)], self.device) as weights:
+            model = self.get_model()
+            return verify.compare_elements(model, verify.expected_layout(model, weights), weights)
 
     def load_bucket(self, messages: dict) -> None:
-        with rlhf_utils.open_handles(self._own(messages), self.device) as weights:
+        with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(self.device)], self.device) as weights:
             self.get_model().load_weights(weights.items())
 
     def torn(self, value: float) -> int:

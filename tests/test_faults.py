@@ -88,7 +88,8 @@ class Rank(ColocateWorkerExtension):
             raise self.error
         return {"version": version}
 
-    verify_weights = push_weights
+    def record_weights(self) -> None:
+        self.push_weights(7)
 
 
 class Workers:
@@ -132,11 +133,11 @@ def engine(workers: Workers) -> rc.MyLLM:
 def test_a_failed_push_poisons_the_engine_and_a_failed_look_does_not():
     healthy = engine(Workers(None))
     healthy._require_whole_weights()
-    healthy.collective_rpc("verify_weights", 7)
+    healthy.collective_rpc("builtins:repr")
     assert healthy.weights_version() == 7
     broken = engine(Workers(None, HandleError("stale")))
     with pytest.raises(HandleError):
-        broken.collective_rpc("verify_weights", 7)
+        broken.collective_rpc("record_weights")
     assert broken.weights_version() == 7
     with pytest.raises(HandleError):
         broken.collective_rpc("push_weights", 8)

@@ -280,13 +280,13 @@ def test_gpus_with_other_weights_are_refused_by_name(theirs, says):
 
 
 def test_strict_makes_an_error_of_what_was_not_compared():
-    import rlhf_colocate
+    from colocate import verify
 
     placement = {"checked": 0, "wrong": {}, "padding": {}, "processed": {"w13": 5}, "unknown": {"A": 7}}
     worker = {"gpu": "GPU-1", "tp_rank": 0, "placement": placement}
-    assert rlhf_colocate.check_workers([worker], "placement")["ok"], "the loaders' record speaks for A"
-    strict = rlhf_colocate.check_workers([worker], "placement", strict=True)
+    assert verify.check_workers([worker], "placement")["ok"], "the loaders' record speaks for A"
+    strict = verify.check_workers([worker], "placement", strict=True)
     assert not strict["ok"]
     assert set(strict["wrong"]["GPU-1 rank 0"]) == {"A", "w13"}
     nothing = worker | {"placement": placement | {"unknown": {}}}
-    assert not rlhf_colocate.check_workers([nothing], "placement")["ok"]
+    assert not verify.check_workers([nothing], "placement")["ok"]

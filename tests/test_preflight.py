@@ -15,7 +15,7 @@ import pytest
 from running import deadline
 
 import rlhf_colocate as rc
-from colocate import cluster
+from colocate import cluster, verify
 from colocate import config as cc
 from colocate import preflight as rp
 from colocate.config import MISSING, USAGE, Config, Stop
@@ -443,20 +443,20 @@ def test_placement_is_a_bijection():
 
 def test_checks_fail_when_they_must():
     same, other = {"a": "1", "b": "2"}, {"a": "1", "b": "3"}
-    assert rc.different_weights([same, same]) == []
-    assert rc.different_weights([same, other]) == ["b"]
-    assert rc.different_weights([same, {"a": "1"}]) == ["b"]
+    assert verify.different_weights([same, same]) == []
+    assert verify.different_weights([same, other]) == ["b"]
+    assert verify.different_weights([same, {"a": "1"}]) == ["b"]
 
-    assert rc.check_changed([True, True])["ok"]
-    assert not rc.check_changed([False, False])["ok"], "a list of False is truthy, and must not pass"
-    assert not rc.check_changed([])["ok"]
+    assert verify.check_changed([True, True])["ok"]
+    assert not verify.check_changed([False, False])["ok"], "a list of False is truthy, and must not pass"
+    assert not verify.check_changed([])["ok"]
 
     def result(wrong, checked=5):
         return {"gpu": "g", "tp_rank": 0, "transport": {"checked": checked, "wrong": wrong}}
 
-    assert rc.check_workers([result([]), result([])], "transport")["ok"]
-    assert not rc.check_workers([result([]), result(["w"])], "transport")["ok"]
-    assert not rc.check_workers([result([]), result([], checked=0)], "transport")["ok"], "nothing checked"
+    assert verify.check_workers([result([]), result([])], "transport")["ok"]
+    assert not verify.check_workers([result([]), result(["w"])], "transport")["ok"]
+    assert not verify.check_workers([result([]), result([], checked=0)], "transport")["ok"], "nothing checked"
 
 
 @pytest.mark.parametrize(
@@ -470,15 +470,15 @@ def test_checks_fail_when_they_must():
 def test_behaviour(old, new, trainers, ok):
     before = [[{"prompt": [1, 2, 3], "logprobs": [old] * 4}]]
     after = [[{"prompt": [1, 2, 3], "logprobs": [new] * 4}]]
-    assert rc.check_behaviour(before, after, [[[trainers] * 4]], tolerance=0.06)["ok"] is ok
+    assert verify.check_behaviour(before, after, [[[trainers] * 4]], tolerance=0.06)["ok"] is ok
 
 
 @pytest.mark.parametrize("bad", [-3.0, float("nan")])
 def test_behaviour_fails_for_a_single_bad_token(bad):
     before, new = [[{"prompt": [1] * 100, "logprobs": [-5.0] * 100}]], [-2.0] * 99
     after = [[{"prompt": [1] * 100, "logprobs": [*new, -2.0]}]]
-    assert rc.check_behaviour(before, after, [[[*new, -2.0]]], tolerance=0.06)["ok"]
-    assert not rc.check_behaviour(before, after, [[[*new, bad]]], tolerance=0.06)["ok"]
+    assert verify.check_behaviour(before, after, [[[*new, -2.0]]], tolerance=0.06)["ok"]
+    assert not verify.check_behaviour(before, after, [[[*new, bad]]], tolerance=0.06)["ok"]
 
 
 def engines_in(state: str) -> rc.Colocation:

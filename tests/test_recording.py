@@ -285,7 +285,7 @@ def test_a_push_of_another_version_is_refused():
     version = torch.tensor(5)
     plan = CopyPlan(model, None, record_loaders(model, BF16, THREE, 1), values, version)
     plan.push(5)
-    with pytest.raises(HandleError, match="at version 5, not at 6"):
+    with pytest.raises(HandleError, match="at version 5, not 6"):
         plan.push(6)
 
     class Interrupts(torch.Tensor):
@@ -301,7 +301,7 @@ def test_a_push_of_another_version_is_refused():
         version.fill_(first)
         Interrupts.then = then
         plan.copies[1] = (plan.copies[1][0], values["lower"].as_subclass(Interrupts))
-        with pytest.raises(HandleError, match=f"{says}, not at 5"):
+        with pytest.raises(HandleError, match=f"{says}, not 5"):
             plan.push(5)
 
 
