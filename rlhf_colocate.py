@@ -302,15 +302,10 @@ class MyLLM:
         # vLLM 0.26 gives all engines of a host one TCPStore port unless this differs (EADDRINUSE).
         os.environ["VLLM_DP_MASTER_PORT"] = str(master_port)
 
-    def start(self, architecture: str, **engine_args) -> list[dict]:
+    def start(self, **engine_args) -> list[dict]:
         """Build the engine; returns its workers' reports and its pid. Not in __init__, so that imports overlap."""
-        from vllm import LLM, ModelRegistry
+        from vllm import LLM
 
-        # vLLM inspects an architecture in a subprocess that imports vLLM once more. Registering the class itself
-        # spares that; the subprocess is there to keep CUDA away from a process that forks, and this one does not.
-        lazy = ModelRegistry.models.get(architecture)
-        if hasattr(lazy, "load_model_cls"):
-            ModelRegistry.register_model(architecture, lazy.load_model_cls())
         self.llm = LLM(**engine_args)
         return [w | {"engine_pid": os.getpid()} for w in self.collective_rpc("report_device_id")]
 
@@ -499,7 +494,7 @@ class Colocation:
     def start_ray(self) -> None:
         """Start a private Ray, or join the one at --ray-address. Its processes are an engine's unless told otherwise.
 
-        Ray starts num_cpus processes ahead, at once and in parallel, and each imports rlhf_utils, which imports vLLM.
+        Ray starts num_cpus processes ahead, at once and in parallel, and each imports colocate.preload, and so vLLM.
         An actor gets one of them if its runtime_env is empty, like theirs: hence the settings in os.environ, which
         Ray's processes inherit. Without this, vLLM's workers would start to import it only when the engine has.
         """
@@ -508,6 +503,7 @@ class Colocation:
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RLHF_COLOCATE_ROLE": "engine",
             "RLHF_COLOCATE_SHM": f"/{self.watch.prefix}",
+            "RLHF_COLOCATE_ARCHITECTURE": self.architecture,
             "RLHF_COLOCATE_TRACE": "1" if config.trace else "",
             "VLLM_RPC_BASE_PATH": str(self.folder),
             # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.
@@ -525,12 +521,12 @@ class Colocation:
             env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
             if self.model_config.get("attn_logit_softcapping"):
-                env["RLHF_COLOCATE_AVX2"] = "1"  # see rlhf_utils.preload_engine_process
+                env["RLHF_COLOCATE_AVX2"] = "1"  # see colocate/preload.py
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if self.cluster.address:
             options["runtime_env"] = {
                 "env_vars": env,
-                "worker_process_setup_hook": "rlhf_utils.preload_engine_process",
+                "worker_process_setup_hook": "colocate.preload.prepare",
             }
         else:
             # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless
@@ -544,7 +540,7 @@ class Colocation:
                 "_temp_dir": str(self.folder),
                 # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40
                 # to 80 bytes per call (20,000 calls of a bare actor; with this they do not).
-                "_system_config": {"preload_python_modules": ["rlhf_utils"], "task_events_report_interval_ms": 0},
+                "_system_config": {"preload_python_modules": ["colocate.preload"], "task_events_report_interval_ms": 0},
             }
         end, seconds, stage = self.deadline()
         longer = f"--stage-timeout start={2 * seconds:g}" if stage == "start" else f"--timeout {2 * seconds:g}"
@@ -642,7 +638,7 @@ class Colocation:
             seed=config.seed,
             **limit,
         )
-        refs = [e.start.remote(self.architecture, **arguments) for e in engines]
+        refs = [e.start.remote(**arguments) for e in engines]
         parts = [self.part(e) for e in engines]
         reports = wait_for(self, refs, parts, "start")
         found = []

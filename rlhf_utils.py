@@ -19,7 +19,6 @@ import hashlib
 import importlib
 import json
 import math
-import multiprocessing.shared_memory
 import os
 import re
 import time
@@ -1029,17 +1028,11 @@ def _load_weights(
 def preload_engine_process() -> None:
     """Import vLLM before it is needed, which is most of an engine's start, and make it fit into Ray's processes.
 
-    Runs when Ray's processes import this module (see `Colocation.start_ray`), not in those of the training actors.
+    For all processes of an engine, as Ray's `worker_process_setup_hook`. RLHF_COLOCATE_ROLE must be "engine" in their
+    environment, and something else in the trainers', where it does nothing.
     """
     if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
         return
-    if prefix := os.environ.get("RLHF_COLOCATE_SHM"):
-        # So begin the names of vLLM's queues in /dev/shm, whose makers may be killed before anybody has seen them.
-        multiprocessing.shared_memory._SHM_NAME_PREFIX = prefix
-    if os.environ.get("RLHF_COLOCATE_AVX2"):
-        # vLLM picks its AVX2 kernels then. Its AVX-512 attention (0.32) returns NaN where a score is some 50 times its
-        # softcap: tanh by exponentials that overflow, as in https://github.com/vllm-project/vllm/pull/56579.
-        torch.cpu._is_avx512_supported = torch.cpu._is_amx_tile_supported = lambda: False
     import vllm.v1.executor.ray_executor_v2
     from vllm.platforms import current_platform
 
@@ -1059,6 +1052,3 @@ def preload_engine_process() -> None:
 
 def _plain_cpu_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
-
-
-preload_engine_process()

@@ -121,6 +121,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     import rlhf_utils as u
     from colocate import verify
 
+    u.preload_engine_process()
     model, config = build(folder, rank, world, port)
     torch.manual_seed(1)
     with set_current_vllm_config(config):  # vLLM decorates the classes of transformers that it builds on

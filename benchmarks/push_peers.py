@@ -91,12 +91,12 @@ class PeerTrainer(rc.RayTrainingActor):
 
 
 class PeerLLM(rc.MyLLM):
-    def start(self, architecture: str, **engine_args) -> list[dict]:
+    def start(self, **engine_args) -> list[dict]:
         import torch
 
         if torch.version.cuda:  # vLLM's IPC transfer is for CUDA only
             engine_args["weight_transfer_config"] = {"backend": "ipc"}
-        workers = super().start(architecture, **engine_args)
+        workers = super().start(**engine_args)
         if torch.version.cuda:
             self.llm.init_weight_transfer_engine({"init_info": {}})
         return workers

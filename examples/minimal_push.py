@@ -1,45 +1,45 @@
-"""The push and nothing else: one trainer, one `vllm.LLM`, one GPU; no Ray, nothing of rlhf_colocate.py.
+"""The push and nothing else: one trainer, one `vllm.LLM`, one GPU; no Ray, and of ours only rlhf_utils.py.
 
-    python examples/minimal_push.py FOLDER        a Hugging Face checkpoint, for instance Qwen2.5-0.5B
+    python minimal_push.py FOLDER        a Hugging Face checkpoint, for instance Qwen2.5-0.5B
 
-vLLM must be able to import rlhf_utils in its worker: copy that file beside yours, or put its folder into PYTHONPATH.
+rlhf_utils.py lies beside this file, or one folder above.
 """
 
 import os
 import sys
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(0, ROOT)
-os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-if not torch.version.cuda:  # vLLM's CPU build: rlhf_utils then keeps its layers plain, as they are on a GPU
+import rlhf_utils
+
+if not torch.version.cuda:  # vLLM's CPU build. Its processes import this file, too, or are forked from this one
     os.environ["RLHF_COLOCATE_ROLE"] = "engine"
+    rlhf_utils.preload_engine_process()  # keeps vLLM's layers plain, as they are on a GPU
 
-import transformers  # noqa: E402
-import vllm  # noqa: E402
-
-from rlhf_utils import (  # noqa: E402
-    VERSION,
-    call_workers,
-    checkpoint_tensors,
-    device_uuid,
-    digest,
-    export_handles,
-    share_memory,
-)
+import transformers
+import vllm
 
 
-def main(folder: str) -> None:
+def compare(worker, messages: dict) -> dict:
+    """On the worker: digests of the weights that it has mapped, and of the engine's parameters."""
+    with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(worker.device)], worker.device) as weights:
+        mapped = {name: rlhf_utils.digest(weight) for name, weight in weights.items()}
+    return {"mapped": mapped, "held": {n: rlhf_utils.digest(p) for n, p in worker.get_model().named_parameters()}}
+
+
+def main(folder: str) -> int:
     cuda = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), "bfloat16" if cuda else "float32"
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = "bfloat16" if cuda else "float32"
 
     # The engine lives in a process of its own, as CUDA IPC wants it. Before the trainer: it measures free memory.
     llm = vllm.LLM(
         folder,
         dtype=dtype,
+        skip_tokenizer_init=True,
         max_model_len=256,
         gpu_memory_utilization=0.4,
         enforce_eager=True,
@@ -48,18 +48,21 @@ def main(folder: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     version = torch.zeros((), dtype=torch.int64, device=device)
     if not cuda:
-        share_memory([*model.parameters(), version])
+        rlhf_utils.share_memory([*model.parameters(), version])
+
+    def weights() -> list[tuple[str, torch.Tensor]]:
+        return [*rlhf_utils.checkpoint_tensors(model), (rlhf_utils.VERSION, version)]
+
+    def handles() -> dict:
+        return {rlhf_utils.device_uuid(device): rlhf_utils.export_handles(weights())}
 
     # Once: the worker maps the weights, and records what vLLM's loaders do with them.
-    def handles() -> dict:
-        return {device_uuid(device): export_handles([*checkpoint_tensors(model), (VERSION, version)])}
+    rlhf_utils.call_workers(llm, "connect_weights", handles())
 
-    call_workers(llm, "connect_weights", handles())
-
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=12)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, detokenize=False)
     for step in range(1, 4):
-        (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
-        print(f"version {step - 1}: {output.outputs[0].text!r}")
+        (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}], sampling, use_tqdm=False)
+        print(f"version {step - 1}: {list(output.outputs[0].token_ids)}")
         version.fill_(-1)  # the weights are changing: a push now is refused
         with torch.no_grad():
             for p in model.parameters():
@@ -68,19 +71,22 @@ def main(folder: str) -> None:
         if cuda:
             torch.cuda.synchronize()
         # At each step: "go". When it returns, the trainer may change its weights again.
-        (worker,) = call_workers(llm, "push_weights", step)
+        (worker,) = rlhf_utils.call_workers(llm, "push_weights", step)
         assert llm.reset_prefix_cache(), "requests are still running"
         print(f"pushed {worker['bytes'] / 1e6:.0f} MB in {worker['copy_ms']:.2f} ms")
 
-    # Not at each step: is every element where it belongs?
-    digests = {name: digest(tensor) for name, tensor in checkpoint_tensors(model)}
-    (worker,) = call_workers(llm, "verify_weights", handles(), digests)
-    wrong = [*worker["transport"]["wrong"], *worker["placement"]["wrong"]]
-    print(f"{worker['placement']['checked']} elements compared, wrong: {', '.join(wrong) or 'none'}")
-    sys.exit(bool(wrong))
+    # Not at each step: the weights that arrive are the trainer's, and vLLM's own loaders would have made the same of
+    # them.
+    (pushed,) = rlhf_utils.call_workers(llm, "minimal_push:compare", handles())
+    rlhf_utils.call_workers(llm, "update_weights_from_ipc_handles", handles())
+    (loaded,) = rlhf_utils.call_workers(llm, "minimal_push:compare", handles())
+    wrong = [name for name, weight in weights() if pushed["mapped"][name] != rlhf_utils.digest(weight)]
+    wrong += [name for name in loaded["held"] if pushed["held"][name] != loaded["held"][name]]
+    print(f"{len(pushed['held'])} parameters compared, wrong: {', '.join(wrong) or 'none'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -1,7 +1,8 @@
-"""The layout alone runs in a folder that holds nothing of ours but rlhf_utils.py."""
+"""The examples run in a folder that holds nothing else of ours but rlhf_utils.py."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from running import deadline
+
+from benchmarks.traces import Traces
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
@@ -23,17 +26,34 @@ LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=320)).sa
 """
 
 
-def test_the_layout_alone(tmp_path):
-    for file in (ROOT / "rlhf_utils.py", ROOT / "examples/minimal_colocate.py"):
-        shutil.copy(file, tmp_path)
-    subprocess.run([sys.executable, "-c", MAKE, "model"], cwd=tmp_path, check=True, timeout=deadline(300))
-    command = [sys.executable, "minimal_colocate.py", "model", "--num-gpus", "2", "--tensor-parallel-size", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=deadline(600))
+def run(folder: Path, example: str, *arguments: str) -> str:
+    """The output of an example that runs alone and leaves nothing."""
+    for file in (ROOT / "rlhf_utils.py", ROOT / "examples" / example):
+        shutil.copy(file, folder)
+    subprocess.run([sys.executable, "-c", MAKE, "model"], cwd=folder, check=True, timeout=deadline(300))
+    traces = Traces()
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | traces.env
+    command = [sys.executable, example, "model", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=deadline(600), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 GPUs, each with a trainer and an engine's worker" in done.stdout
-    before, after = re.search(r"before (\[.*?\]), after (\[.*?\])", done.stdout).groups()
+    left = traces.left(deadline(30))
+    assert not left["processes"] and not left["/dev/shm"], left
+    return done.stdout
+
+
+def test_the_push_alone(tmp_path):
+    output = run(tmp_path, "minimal_push.py")
+    assert re.search("^15 parameters compared, wrong: none$", output, re.MULTILINE)
+    assert len({*re.findall(r"^version \d: (\[.*\])$", output, re.MULTILINE)}) == 3, "each push changes what it says"
+
+
+def test_the_layout_alone(tmp_path):
+    output = run(tmp_path, "minimal_colocate.py", "--num-gpus", "2", "--tensor-parallel-size", "2")
+    assert "2 GPUs, each with a trainer and an engine's worker" in output
+    before, after = re.search(r"before (\[.*?\]), after (\[.*?\])", output).groups()
     assert before != after
-    checked, wrong = re.search(
-        r"^(\d+) elements compared, 0 not comparable, wrong: (.*)$", done.stdout, re.MULTILINE
-    ).groups()
-    assert int(checked) == 328_960 and wrong == "none"
+    assert re.search("^30 parameters compared, wrong: none$", output, re.MULTILINE)
+
+
+def test_the_layout_alone_has_200_lines_at_most():
+    assert len((ROOT / "examples/minimal_colocate.py").read_text().splitlines()) <= 200
