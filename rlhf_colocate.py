@@ -737,7 +737,7 @@ class Colocation:
         from colocate import verify
 
         digests = self.on_trainers("weight_digests")
-        if wrong := verify.different_weights(digests):
+        if wrong := verify.replicas(digests)["wrong"]:
             raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(wrong)}")
         return digests[0]
 
@@ -887,7 +887,7 @@ class Colocation:
 
         results = self.on_workers("colocate.verify:compare", self.handles(), digests)
         self.watch.note_files()  # by now all have mapped what they share
-        return {kind: verify.check_workers(results, kind, self.config.strict) for kind in ("transport", "placement")}
+        return verify.elements(results, self.config.strict)
 
     def require_elements(self, digests: dict[str, str], when: str) -> int:
         """How many parameter elements `verify_elements` found right. Raises Stop if there is a wrong one."""
@@ -912,8 +912,8 @@ class Colocation:
         trainer = self.ask(scorers, "token_logprobs", each=[(s,) for s in sequences])
         checks = {
             **elements,
-            "changed": verify.check_changed(changed),
-            "behaviour": verify.check_behaviour(before, after, trainer, self.config.logprob_tolerance),
+            "changed": verify.changed(changed),
+            "behaviour": verify.behaviour(before, after, trainer, self.config.logprob_tolerance),
         }
         return checks, after
 

@@ -344,7 +344,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Worker side: what vLLM's loaders do with the weights, found out without any
+# Worker side: what vLLM's loaders do with the weights, recorded without writing a parameter
 # ---------------------------------------------------------------------------------------------------------------------
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full shape, its dtype)}
@@ -551,21 +551,21 @@ class _Target:
 
     tensor: torch.Tensor  # as the engine has it
     as_loaded: torch.Tensor  # as vLLM's loaders find it: elsewhere, where a layer is processed after loading
-    optional: bool = False  # a buffer
+    is_buffer: bool = False  # it need not be loaded
     padding: int = 0  # elements that belong to no token
     processed: bool = False  # its kernel keeps it in an order of its own
     made_anew: bool = False  # by the loaders: it is not the engine's any more
     writes: list[_Write] = field(default_factory=list)
 
     @property
-    def counted(self) -> list[_Write]:
+    def loads(self) -> list[_Write]:
         """The writes that bring weights in."""
         return [w for w in self.writes if w.weights and w.target.numel()]
 
     @property
     def computed(self) -> bool:
         """Copies of slices do not bring it in."""
-        if self.processed or self.made_anew or any(w.source is None for w in self.counted):
+        if self.processed or self.made_anew or any(w.source is None for w in self.loads):
             return True
         for i, w in enumerate(self.writes):  # transformed in place after it was loaded
             if not w.weights and any(
@@ -591,11 +591,11 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
         targets, reload = _run_dry(model, weights)
         wrong = _misfits(targets, weights, model_config, tp_size)
         computed = {name: t for name, t in targets.items() if t.computed}
-        loaders = {w for t in computed.values() for write in t.counted for w in write.weights}
+        loaders = {w for t in computed.values() for write in t.loads for w in write.weights}
         if not wrong and loaders and len(loaders) < len(weights):
             # They must do without the others.
             alone, _ = _run_dry(model, {n: s for n, s in weights.items() if n in loaders})
-            if any(alone[name].counted != t.counted for name, t in computed.items() if name in alone):
+            if any(alone[name].loads != t.loads for name, t in computed.items() if name in alone):
                 loaders = set(weights)
     except NotHandled as error:
         raise NotHandled(f"{architecture} is not handled, nothing was loaded: {error}") from None
@@ -605,7 +605,7 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
     copies = []
     for name, t in targets.items():
         if not t.computed:
-            copies += [Copy(name, w.target, next(iter(w.weights)), w.source) for w in t.counted]
+            copies += [Copy(name, w.target, next(iter(w.weights)), w.source) for w in t.loads]
     padding = {name: t.padding for name, t in targets.items() if t.padding}
     return Recording(copies, sorted(loaders), padding, reload)
 
@@ -613,13 +613,9 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
 def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target], bool]:
     """({name: parameter or buffer, with what the loaders write into it}, whether they need vLLM's layerwise reload)."""
     modules = dict(model.named_modules())
-    kept = [(m, dict(m._parameters), dict(m._buffers)) for m in modules.values()]
-    experts = {m for m in modules.values() if "w13_weight" in m._parameters}
-    derived = any(hasattr(m, "W_UV") for m in modules.values())  # MLA keeps matrices that it derives from its weights
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules.values()]
     meta = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in weights.items()}
     recorder = _Recorder(meta)
-    targets: dict[str, _Target] = {}
-    by_storage: dict[int, _Target] = {}
     now = ""
 
     def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
@@ -629,45 +625,67 @@ def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target
             yield name, weight
 
     try:
-        for prefix, module in modules.items():
-            twins = _as_loaded(module, recorder) if experts or derived else {}
-            for leaf, tensor in module._parameters.items():
-                if tensor is None:
-                    continue
-                if known := by_storage.get(_storage(tensor)):  # tied: it counts once
-                    twins[leaf] = known.as_loaded
-                    continue
-                target = _Target(tensor, twins.get(leaf, tensor))
-                target.processed = derived or (module in experts and not _takes_weights_as_loaded(module))
-                if hasattr(module, "shard_indices"):  # VocabParallelEmbedding
-                    rows = tensor.shape[0] - module.shard_indices.num_org_elements
-                    target.padding = rows * (tensor.numel() // tensor.shape[0])
-                targets[f"{prefix}.{leaf}" if prefix else leaf] = target
-                by_storage[_storage(tensor)] = target
-            module._parameters.update({leaf: twin for leaf, twin in twins.items() if leaf in module._parameters})
-        for name, tensor in model.named_buffers():
-            if _storage(tensor) not in by_storage:  # else it is another view of a parameter
-                targets[name] = _Target(tensor, tensor, optional=True)
+        targets, reload = _find_targets(modules, recorder)
         recorder.targets = {_storage(t.as_loaded) for t in targets.values()}
         with recorder, torch.no_grad():
             model.load_weights(one_by_one())
         for name, target in targets.items():
             prefix, _, leaf = name.rpartition(".")
-            own = getattr(modules[prefix], leaf, None)
-            storage = _storage(target.as_loaded if own is None else own)
+            after = getattr(modules[prefix], leaf, None)
+            storage = _storage(target.as_loaded if after is None else after)
             target.made_anew = storage != _storage(target.as_loaded)
             target.writes = recorder.writes.get(storage, [])
+    except (NotHandled, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        if isinstance(error, (NotHandled, torch.OutOfMemoryError)) or "CUDA error" in str(error):
+        if "CUDA error" in str(error):
             raise  # the GPU's fault, not the model's
-        what = f"{now} {weights[now][0] if now else ''}"
+        what = f"{now} {weights[now][0]}" if now else "any weight"
         raise NotHandled(f"vLLM's loaders do not take {what}: {type(error).__name__}: {error}"[:400]) from None
     finally:
-        for module, parameters, buffers in kept:
-            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(before)
-    return targets, bool(experts) or derived
+        for module, parameters, buffers in before:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+    return targets, reload
+
+
+def _find_targets(modules: dict[str, torch.nn.Module], recorder: _Recorder) -> tuple[dict[str, _Target], bool]:
+    """The model's parameters and buffers. If layers are processed after loading, all parameters are exchanged for what
+    vLLM's loaders want to find."""
+    experts = {m for m in modules.values() if "w13_weight" in m._parameters}
+    derived = any(hasattr(m, "W_UV") for m in modules.values())  # MLA keeps matrices that it derives from its weights
+    reload = bool(experts) or derived
+    targets: dict[str, _Target] = {}
+    by_storage: dict[int, _Target] = {}
+    for prefix, module in modules.items():
+        twins = _as_loaded(module, recorder) if reload else {}
+        for leaf, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            if not tensor.numel():
+                raise NotHandled(
+                    f"vLLM's CPU backend has repacked {prefix}.{leaf}. Try: RLHF_COLOCATE_ROLE=engine, and "
+                    "preload_engine_process(), in each of the engine's processes"
+                )
+            if known := by_storage.get(_storage(tensor)):  # tied: it counts once
+                if leaf in twins:
+                    twins[leaf] = known.as_loaded
+                continue
+            target = _Target(tensor, twins.get(leaf, tensor))
+            target.processed = derived or (module in experts and not _takes_weights_as_loaded(module))
+            if hasattr(module, "shard_indices"):  # VocabParallelEmbedding
+                rows = tensor.shape[0] - module.shard_indices.num_org_elements
+                target.padding = rows * (tensor.numel() // tensor.shape[0])
+            targets[f"{prefix}.{leaf}" if prefix else leaf] = target
+            by_storage[_storage(tensor)] = target
+        module._parameters.update({leaf: twin for leaf, twin in twins.items() if leaf in module._parameters})
+    for prefix, module in modules.items():
+        for leaf, tensor in module._buffers.items():
+            if tensor is not None and _storage(tensor) not in by_storage:  # else it is another view of a parameter
+                targets[f"{prefix}.{leaf}" if prefix else leaf] = _Target(tensor, tensor, is_buffer=True)
+    return targets, reload
 
 
 def _as_loaded(module: torch.nn.Module, recorder: _Recorder) -> dict[str, torch.Tensor]:
@@ -704,20 +722,16 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
     read: Counter[str] = Counter()  # elements by weight
     for name, t in targets.items():
         needed = t.as_loaded.numel() - t.padding
-        counted = t.counted
-        if t.optional and not counted:
+        if t.is_buffer and not t.loads:
             continue
-        if not t.tensor.numel():
-            refused.append(f"vLLM's CPU backend has repacked {name}. Try: preload_engine_process as setup hook")
-            continue
-        count = covered_once([w.target for w in counted], t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
+        count = covered_once([w.target for w in t.loads], t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
         if count is None:
             refused.append(f"vLLM's loaders do not write each element of {name} exactly once")
         elif count not in (needed, needed + t.padding):
             wrong.append(f"missing: {name}" + (f": {count} of {needed} elements are written" if count else ""))
-        elif t.computed and t.as_loaded is not t.tensor and not all(w.repeated for w in counted):
+        elif t.computed and t.as_loaded is not t.tensor and not all(w.repeated for w in t.loads):
             refused.append(f"vLLM's layerwise reload loses {name}, whose loader is not its own")
-        for w in counted:
+        for w in t.loads:
             for weight in w.weights:
                 dtype = weights[weight][1]
                 # vLLM keeps a few parameters in float32 in a model of 16 bits, and casts what it loads.
@@ -920,7 +934,7 @@ class ColocateWorkerExtension:
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
-        It writes no parameter: the first push does. An earlier connection ends with the call.
+        It writes no parameter: the first push does. The engine must be awake. An earlier connection ends with the call.
         Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: the trainer's version, how
         many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders.
         Raises HandleError unless the message is exactly the model's weights.
@@ -990,12 +1004,7 @@ class ColocateWorkerExtension:
         return self._recording[1]
 
 
-def _load_weights(
-    model,
-    model_config,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    needs_reload: bool,
-) -> None:
+def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its

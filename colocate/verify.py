@@ -4,8 +4,8 @@ On a worker    `compare` takes digests of what arrived, and compares every param
                by `expected_layout`: from the layers' classes and sizes alone. It shares nothing with the recording that
                a push replays. What it does not know is named, and counted as not compared; that vLLM's loaders wrote
                each of its elements exactly once follows from that recording.
-On the driver  `different_weights`, `check_workers`, `check_changed` and `check_behaviour`: what workers and trainers
-               said, as {"ok", "checked", "wrong", ...}.
+On the driver  `replicas`, `elements`, `changed` and `behaviour`: what trainers and workers said, as
+               {"ok", "checked", "wrong", ...}.
 """
 
 from __future__ import annotations
@@ -318,31 +318,40 @@ def compare_elements(model, layout: Layout, weights: dict[str, torch.Tensor]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def different_weights(digests: list[dict[str, str]]) -> list[str]:
-    """Names of the weights that are not bitwise identical in all trainers. Pushed, they would tear an engine apart."""
-    first = digests[0]
-    return sorted({n for other in digests[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)})
+def replicas(digests: list[dict[str, str]]) -> dict:
+    """Whether all trainers hold bitwise the same weights. Pushed otherwise, they would tear an engine apart.
 
-
-def check_changed(changed: list[bool]) -> dict:
-    """Combine `check_weights_changed` of all workers, given as a flat list."""
-    wrong = [f"worker {i}" for i, c in enumerate(changed) if not c]
-    return {"ok": bool(changed) and all(changed), "checked": len(changed), "wrong": wrong}
-
-
-def check_workers(results: list[dict], kind: str, strict: bool = False) -> dict:
-    """Combine the workers' `verify_weights`: ok only if every worker checked something and found nothing wrong.
-
-    For elements whose place the layout does not know, vLLM's loaders were checked instead, before the push. strict:
-    what was not compared is wrong.
+    digests: of each trainer, {weight: digest}.
     """
+    first = digests[0]
+    wrong = {n for other in digests[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)}
+    return {"ok": not wrong, "checked": sum(map(len, digests)), "wrong": sorted(wrong)}
+
+
+def changed(flags: list[bool]) -> dict:
+    """Whether each worker's parameters have all changed. flags: what `check_weights_changed` said of each worker."""
+    wrong = [f"worker {i}" for i, flag in enumerate(flags) if not flag]
+    return {"ok": bool(flags) and all(flags), "checked": len(flags), "wrong": wrong}
+
+
+def elements(results: list[dict], strict: bool = False) -> dict[str, dict]:
+    """{"transport": check, "placement": check} of what `compare` said of each worker.
+
+    ok only if every worker compared something and found nothing wrong. A worker may compare nothing if the layout knows
+    none of its parameters: vLLM's loaders were recorded to write each element once. strict: what was not compared is
+    wrong.
+    """
+    return {"transport": _joined(results, "transport", False), "placement": _joined(results, "placement", strict)}
+
+
+def _joined(results: list[dict], kind: str, strict: bool) -> dict:
     parts = [r[kind] for r in results]
     wrong = {}
     for r in results:
         found = r[kind]["wrong"]
-        if strict and kind == "placement":
-            unknown = r[kind]["processed"] | r[kind]["unknown"]
-            found = found | {name: f"{count} elements were not compared (--strict)" for name, count in unknown.items()}
+        if strict:
+            not_compared = r[kind]["processed"] | r[kind]["unknown"]
+            found = found | {name: f"{n} elements were not compared (--strict)" for name, n in not_compared.items()}
         if found:
             wrong[f"{r['gpu']} rank {r['tp_rank']}"] = found
     checked = all(p["checked"] > 0 or p.get("unknown") for p in parts)
@@ -353,7 +362,7 @@ def check_workers(results: list[dict], kind: str, strict: bool = False) -> dict:
     return out | {"wrong": wrong}
 
 
-def check_behaviour(before: list, after: list, trainer: list, tolerance: float) -> dict:
+def behaviour(before: list, after: list, trainer: list, tolerance: float) -> dict:
     """Compare log-probabilities: every engine with the trainer (must agree), and with itself before (must not).
 
     before, after: per engine and prompt, what `MyLLM.generate` returns; trainer: per engine and prompt, the trainer's
@@ -361,12 +370,15 @@ def check_behaviour(before: list, after: list, trainer: list, tolerance: float) 
     bf16 leaves was measured: 0.002 to 0.012 on average with random weights, 0.037 with a pretrained SmolLM2-135M, and
     0.18 for the worst token; wrong weights leave 0.15 and more on average.
     """
-    gaps, moved = [], []
+    gaps = []
+    moved = []
     for old, new, reference in zip(*map(chain.from_iterable, (before, after, trainer)), strict=True):
         gaps += [abs(a - b) for a, b in zip(new["logprobs"], reference, strict=True)]
         prompt = len(new["prompt"]) - 1  # the same tokens before and after
         moved += [abs(a - b) for a, b in zip(new["logprobs"][:prompt], old["logprobs"][:prompt], strict=True)]
-    worst, gap, moved_by = max(gaps), sum(gaps) / len(gaps), sum(moved) / len(moved)
+    worst = max(gaps)
+    gap = sum(gaps) / len(gaps)
+    moved_by = sum(moved) / len(moved)
     ok = gap <= tolerance and worst <= 10 * tolerance and moved_by > 2 * gap
     wrong = [] if ok else [f"mean gap {gap:.4f}, largest {worst:.4f}, moved by {moved_by:.4f} nats"]
     numbers = {"mean_gap_nats": gap, "max_gap_nats": worst, "moved_by_nats": moved_by, "tolerance_nats": tolerance}

@@ -41,7 +41,10 @@ class Trainer:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         dtype = torch.bfloat16 if cuda else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
+        self.model, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"{model} has no {', '.join(sorted(info['missing_keys']))}")
+        self.model.to(self.device)
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)
         if not cuda:
             rlhf_utils.share_memory([*self.model.parameters(), self.version])
@@ -117,7 +120,7 @@ def main() -> int:
     n = args.num_gpus
     tp = args.tensor_parallel_size
     if n % tp:
-        parser.error(f"--tensor-parallel-size {tp} does not divide --num-gpus {n}")
+        parser.error(f"--tensor-parallel-size {tp} does not divide {n} GPUs")
     cuda = bool(rlhf_utils.torch.version.cuda)
     folders = [str(Path(file).resolve().parent) for file in (__file__, rlhf_utils.__file__)]
     # vLLM's workers import both, from any folder. Ray must not hide GPUs from them: vLLM chooses by itself.
@@ -145,18 +148,10 @@ def main() -> int:
     trainers = [trainer.options(scheduling_strategy=bundle).remote(args.model) for bundle in bundles]
     trainer_gpus = ask(trainers, "gpu")  # and they have settled: vLLM measures free memory when it starts
 
-    engine_args = {
-        "model": args.model,
-        "skip_tokenizer_init": True,
-        "dtype": "bfloat16" if cuda else "float32",
-        "tensor_parallel_size": tp,
-        "distributed_executor_backend": "ray",
-        "worker_extension_cls": "rlhf_utils.ColocateWorkerExtension",
-        "max_model_len": 256,
-        "enforce_eager": True,
-        "gpu_memory_utilization": 0.4,
-        "kv_cache_memory_bytes": None if cuda else 2**26,
-    }
+    engine_args = {"model": args.model, "tensor_parallel_size": tp, "distributed_executor_backend": "ray"}
+    engine_args |= {"worker_extension_cls": "rlhf_utils.ColocateWorkerExtension", "skip_tokenizer_init": True}
+    engine_args |= {"dtype": "bfloat16" if cuda else "float32", "max_model_len": 256, "enforce_eager": True}
+    engine_args |= {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": None if cuda else 2**26}
     engines = []
     for first in range(0, n, tp):  # its workers go into the placement group, too
         actor = ray.remote(num_cpus=0, num_gpus=0)(Engine).options(scheduling_strategy=bundles[first])

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from running import deadline, eventually
 
 import rlhf_colocate as rc
@@ -146,6 +147,21 @@ def test_a_failed_push_poisons_the_engine_and_a_failed_look_does_not():
         broken.generate([[1, 2]], 1)
     with pytest.raises(RuntimeError, match="no whole push in it"):
         broken.rollout([[1, 2]], 2, 1, [0])
+
+
+def test_weights_that_moved_are_refused_before_they_get_a_version():
+    """Engines have their memory mapped: a push would bring in what was there before."""
+    trainer = rc.RayTrainingActor.__new__(rc.RayTrainingActor)
+    trainer.model = torch.nn.Linear(2, 2)
+    trainer.device = torch.device("cpu")
+    trainer.version = torch.tensor(1)
+    trainer.addresses = [p.data_ptr() for p in trainer.model.parameters()]
+    with trainer._weights_change(2):
+        trainer.model.weight.data.add_(1)
+    assert int(trainer.version) == 2
+    with pytest.raises(RuntimeError, match="moved"), trainer._weights_change(3):
+        trainer.model.weight.data = trainer.model.weight.data + 1
+    assert int(trainer.version) == -1
 
 
 def test_a_push_to_sleeping_weights_is_refused():
