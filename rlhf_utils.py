@@ -2,10 +2,11 @@
 
 Trainer side   `checkpoint_tensors` names a model's weights as its checkpoint does, `export_handles` turns them into a
                message of plain data (numbers, strings, bytes).
-Worker side    `open_handles` maps that message back into tensors, without copying; `ColocateWorkerExtension` checks it
-               against what the engine's model expects, loads it through vLLM's own loaders, and proves that every
-               element arrived at its place. Two ways to push: `update_weights_from_ipc_handles` opens, loads and
-               closes each time; `connect_weights` records the loaders' copies once and `push_weights` replays them.
+Worker side    `open_handles` maps that message back into tensors, without copying. `record_loaders` finds out which
+               slices vLLM's own loaders would copy where, without writing, and refuses weights that do not bring each
+               element of each parameter in exactly once. `ColocateWorkerExtension` pushes in two ways:
+               `update_weights_from_ipc_handles` opens, loads and closes each time; `connect_weights` opens once, and
+               `push_weights` replays the recorded copies.
 Both sides     `digest`, a 64-bit fingerprint of a tensor's bits, and `device_uuid`, the name of the GPU.
 
 Copy this file into your trainer as it is: it imports torch, and vLLM and Ray inside the functions that need them.
@@ -174,7 +175,7 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
         weights.append(
             {
                 "name": name,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": _name(tensor.dtype),
                 "shape": list(tensor.shape),
                 "stride": list(tensor.stride()),
                 "offset": tensor.storage_offset(),
@@ -306,6 +307,8 @@ def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
 # Worker side: whether messages fit
 # ---------------------------------------------------------------------------------------------------------------------
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full shape, its dtype)}
+
 
 @_malformed()
 def check_messages(messages: dict, gpu: str) -> Shapes:
@@ -331,23 +334,29 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         wrong += [f"missing: {n} ({sender})" for n in mine if n not in theirs]
         wrong += [f"unexpected: {n} ({sender})" for n in theirs if n not in mine]
         for name in mine.keys() & theirs.keys():
-            if theirs[name][0] != mine[name][0]:
-                wrong.append(f"wrong shape: {name}: {theirs[name][0]} ({sender}), and {mine[name][0]} ({gpu})")
-            if theirs[name][1] != mine[name][1]:
-                wrong.append(
-                    f"wrong dtype: {name}: {_name(theirs[name][1])} ({sender}), and {_name(mine[name][1])} ({gpu})"
-                )
+            (shape, dtype), (own_shape, own_dtype) = theirs[name], mine[name]
+            if shape != own_shape:
+                wrong.append(f"wrong shape: {name}: {shape} ({sender}), and {own_shape} ({gpu})")
+            if dtype != own_dtype:
+                wrong.append(f"wrong dtype: {name}: {_name(dtype)} ({sender}), and {_name(own_dtype)} ({gpu})")
     if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {'; '.join(wrong[:5])}{more}")
+        raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {_some(wrong, 5)}")
     return {name: spec for name, spec in mine.items() if name != VERSION}
+
+
+def _some(texts: list[str], count: int) -> str:
+    """The first few, and how many more there are."""
+    more = f" (and {len(texts) - count} more)" if len(texts) > count else ""
+    return "; ".join(texts[:count]) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Worker side: what vLLM's loaders do with the weights, recorded without writing a parameter
 # ---------------------------------------------------------------------------------------------------------------------
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full shape, its dtype)}
 
 
 @dataclass(frozen=True)
@@ -600,8 +609,7 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
     except NotHandled as error:
         raise NotHandled(f"{architecture} is not handled, nothing was loaded: {error}") from None
     if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise HandleError(f"the weights do not fit {architecture}, nothing was loaded: {'; '.join(wrong[:5])}{more}")
+        raise HandleError(f"the weights do not fit {architecture}, nothing was loaded: {_some(wrong, 5)}")
     copies = []
     for name, t in targets.items():
         if not t.computed:
@@ -746,13 +754,8 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
             shape = tuple(weights[weight][0])
             wrong.append(f"wrong shape: {weight}: {shape}, of which vLLM's loaders take {count} elements")
     if refused:
-        more = f" (and {len(refused) - 2} more)" if len(refused) > 2 else ""
-        raise NotHandled("; ".join(refused[:2]) + more)
+        raise NotHandled(_some(refused, 2))
     return list(dict.fromkeys(wrong))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
