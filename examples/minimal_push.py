@@ -39,7 +39,6 @@ def main(folder: str) -> int:
     llm = vllm.LLM(
         folder,
         dtype=dtype,
-        skip_tokenizer_init=True,
         max_model_len=256,
         gpu_memory_utilization=0.4,
         enforce_eager=True,
@@ -59,10 +58,10 @@ def main(folder: str) -> int:
     # Once: the worker maps the weights, and records what vLLM's loaders do with them.
     rlhf_utils.call_workers(llm, "connect_weights", handles())
 
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, detokenize=False)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=12)
     for step in range(1, 4):
-        (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}], sampling, use_tqdm=False)
-        print(f"version {step - 1}: {list(output.outputs[0].token_ids)}")
+        (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
+        print(f"version {step - 1}: {output.outputs[0].text!r}")
         version.fill_(-1)  # the weights are changing: a push now is refused
         with torch.no_grad():
             for p in model.parameters():

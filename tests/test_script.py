@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import uuid
 
 import pytest
-from running import ROOT, TINY, Run, deadline, shape
+from running import TINY, Run, deadline, shape
 
 from colocate.config import FAIL, INTERRUPTED, MISSING
 
@@ -98,16 +97,6 @@ def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):
         ray.communicate("", timeout=deadline(60))
     assert run.code == MISSING
     assert "has 1 free GPUs, and 2 are needed" in run.stderr and not run.stdout.count("[place]")
-
-
-def test_the_minimal_example(smollm2):
-    command = [sys.executable, str(ROOT / "examples/minimal_push.py"), str(smollm2)]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(300), env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    texts = re.findall(r"^version \d: (.*)$", done.stdout, re.MULTILINE)
-    assert "Paris" in texts[0] and len(set(texts)) == 3, texts
-    assert re.search(r"^134515008 elements compared, wrong: none$", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.gpu(2)
