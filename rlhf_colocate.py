@@ -56,12 +56,7 @@ from colocate.config import (
     refuse_unless,
     stage_timeouts,
 )
-from colocate.memory import MAX_NUM_SEQS, rehearsal_kv_bytes
-from colocate.model_folder import BESIDE, Model, describe_loading
-from colocate.preflight import describe_failed_save, preflight
-from colocate.tasks import Task
-from colocate.watch import kill
-from rlhf_faults import (
+from colocate.fleet import (
     Lost,
     Watch,
     bury,
@@ -70,7 +65,10 @@ from rlhf_faults import (
     require_alive,
     wait_for,
 )
-from rlhf_report import (
+from colocate.memory import MAX_NUM_SEQS, rehearsal_kv_bytes
+from colocate.model_folder import BESIDE, Model, describe_loading
+from colocate.preflight import describe_failed_save, preflight
+from colocate.report import (
     Log,
     brief,
     describe,
@@ -81,6 +79,8 @@ from rlhf_report import (
     summary,
     write_trace,
 )
+from colocate.tasks import Task
+from colocate.watch import kill
 
 HERE = Path(__file__).resolve().parent
 

@@ -33,8 +33,8 @@ from traces import Traces  # noqa: E402
 import rlhf_colocate as rc  # noqa: E402
 import rlhf_utils  # noqa: E402
 from colocate.config import FAIL, MISSING, PASS  # noqa: E402
+from colocate.fleet import half_started  # noqa: E402
 from colocate.preflight import find_gpus  # noqa: E402
-from rlhf_faults import half_started  # noqa: E402
 
 TWO = ("--num-gpus", "2", "--tensor-parallel-size", "2")
 ONE = ("--num-gpus", "1", "--tensor-parallel-size", "1")

@@ -26,7 +26,7 @@ from colocate.model_folder import Model, check_model
 from colocate.tasks import check_task
 
 if TYPE_CHECKING:
-    from rlhf_report import Log
+    from colocate.report import Log
 
 
 OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint")

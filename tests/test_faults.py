@@ -17,7 +17,7 @@ from running import deadline, eventually
 import rlhf_colocate as rc
 from benchmarks.soak import slope
 from colocate.config import USAGE, Stop, stage_timeouts
-from rlhf_faults import Watch, remove
+from colocate.fleet import Watch, remove
 from rlhf_utils import ColocateWorkerExtension, HandleError, NotHandled, call_workers
 
 

@@ -18,7 +18,7 @@ import rlhf_colocate as rc
 from benchmarks import drills
 from colocate import grpo, tasks
 from colocate.config import FAULTS
-from rlhf_faults import Lost, recover, rescue
+from colocate.fleet import Lost, recover, rescue
 
 pytestmark = pytest.mark.e2e
 

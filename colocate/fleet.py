@@ -30,8 +30,8 @@ from colocate.watch import children, kill, remove, shared_memory_files
 if TYPE_CHECKING:
     import psutil
 
+    from colocate.report import Log
     from rlhf_colocate import Colocation
-    from rlhf_report import Log
 
 Part = tuple[str, int]  # ("training actor", 2) or ("engine", 0)
 PING_S = 10.0  # enough for whoever is not stuck
