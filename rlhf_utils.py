@@ -546,6 +546,8 @@ def covered_once(slices: list[Slice], shape: Sequence[int]) -> int | None:
     boxes = [s.box(shape) for s in slices]
     if None in boxes:
         return None
+    if len(boxes) == 1:  # most parameters: a connection waits for this
+        return slices[0].numel()
     edges = [sorted({e for b in boxes for e in b[d]}) for d in range(len(shape))]
     places = [{edge: i for i, edge in enumerate(e)} for e in edges]
     cells = torch.zeros([max(len(e) - 1, 0) for e in edges], dtype=torch.int32)
@@ -915,17 +917,20 @@ class ColocateWorkerExtension:
         """Load the weights behind the handles: the simple way, and the reference for `push_weights`.
 
         Returns {"version", "weights", "bytes", "open_ms", "load_ms"}; bytes as received.
-        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights.
+        Raises HandleError, with the old weights untouched, unless the message is exactly the model's weights; and, with
+        the engine's weights neither old nor new, if the trainer changed them meanwhile.
         """
         recording = self._record(messages)
         start = time.perf_counter()
         with open_handles(messages[device_uuid(self.device)], self.device) as weights:
             opened = time.perf_counter()
-            version = weights.pop(VERSION)
+            word = weights.pop(VERSION)
+            version = int(word)
             _load_weights(self.get_model(), self.model_config, weights.items(), recording.reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
-            version = int(version)  # after the loaders: the trainer's weights were still that version
+            if version < 0 or int(word) != version:  # the loaders are done when this is read
+                raise HandleError(f"the trainer changed its weights during the push, from version {version}")
         return {
             "version": version,
             "weights": count,

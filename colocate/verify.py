@@ -1,11 +1,9 @@
-"""The second opinion on a push: what must be where, derived without vLLM's loaders, and what the checks make of it.
+"""The second opinion on a push: what must be where, derived without vLLM's loaders.
 
-On a worker    `compare` takes digests of what arrived, and compares every parameter element with the trainer's weights,
-               by `expected_layout`: from the layers' classes and sizes alone. It shares nothing with the recording that
-               a push replays. What it does not know is named, and counted as not compared; that vLLM's loaders wrote
-               each of its elements exactly once follows from that recording.
-On the driver  `replicas`, `elements`, `changed` and `behaviour`: what trainers and workers said, as
-               {"ok", "checked", "wrong", ...}.
+`compare` runs on a worker. It takes digests of what arrived, and compares every parameter element with the trainer's
+weights, by `expected_layout`: from the layers' classes and sizes alone. It shares nothing with the recording that a
+push replays. What it does not know is named, and counted as not compared; that vLLM's loaders wrote each of its
+elements exactly once follows from that recording.
 """
 
 from __future__ import annotations
@@ -14,15 +12,10 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import torch
 
 from rlhf_utils import BITS, VERSION, HandleError, device_uuid, digest, open_handles
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a worker
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -255,7 +248,7 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
     cut = slice(rank * n, (rank + 1) * n)
     prefix = prefix.removesuffix(".routed_experts")
     # Triton's kernel takes the weights as they are loaded; all others permute, pack or pad them.
-    plain = module.quant_method.unquantized_backend.name == "TRITON"
+    plain = getattr(getattr(module.quant_method, "unquantized_backend", None), "name", "") == "TRITON"
     regions = []
     for e in range(module.global_num_experts):
         parts = [(module.ckpt_down_proj_name, (e,), (slice(None), cut), (hidden, n * tp))]
@@ -311,75 +304,3 @@ def compare_elements(model, layout: Layout, weights: dict[str, torch.Tensor]) ->
         checked += have.numel()
         wrong[r.parameter] += differing(have, r.source(weights[r.weight])) if r.weight in weights else have.numel()
     return checked, dict(+wrong)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On the driver
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def replicas(digests: list[dict[str, str]]) -> dict:
-    """Whether all trainers hold bitwise the same weights. Pushed otherwise, they would tear an engine apart.
-
-    digests: of each trainer, {weight: digest}.
-    """
-    first = digests[0]
-    wrong = {n for other in digests[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)}
-    return {"ok": not wrong, "checked": sum(map(len, digests)), "wrong": sorted(wrong)}
-
-
-def changed(flags: list[bool]) -> dict:
-    """Whether each worker's parameters have all changed. flags: what `check_weights_changed` said of each worker."""
-    wrong = [f"worker {i}" for i, flag in enumerate(flags) if not flag]
-    return {"ok": bool(flags) and all(flags), "checked": len(flags), "wrong": wrong}
-
-
-def elements(results: list[dict], strict: bool = False) -> dict[str, dict]:
-    """{"transport": check, "placement": check} of what `compare` said of each worker.
-
-    ok only if every worker compared something and found nothing wrong. A worker may compare nothing if the layout knows
-    none of its parameters: vLLM's loaders were recorded to write each element once. strict: what was not compared is
-    wrong.
-    """
-    return {"transport": _joined(results, "transport", False), "placement": _joined(results, "placement", strict)}
-
-
-def _joined(results: list[dict], kind: str, strict: bool) -> dict:
-    parts = [r[kind] for r in results]
-    wrong = {}
-    for r in results:
-        found = r[kind]["wrong"]
-        if strict:
-            not_compared = r[kind]["processed"] | r[kind]["unknown"]
-            found = found | {name: f"{n} elements were not compared (--strict)" for name, n in not_compared.items()}
-        if found:
-            wrong[f"{r['gpu']} rank {r['tp_rank']}"] = found
-    checked = all(p["checked"] > 0 or p.get("unknown") for p in parts)
-    out = {"ok": not wrong and checked, "checked": sum(p["checked"] for p in parts)}
-    for extra in ("padding", "processed", "unknown"):
-        if extra in parts[0]:
-            out[extra] = {f"{r['gpu']} {n}": c for r in results for n, c in r[kind][extra].items()}
-    return out | {"wrong": wrong}
-
-
-def behaviour(before: list, after: list, trainer: list, tolerance: float) -> dict:
-    """Compare log-probabilities: every engine with the trainer (must agree), and with itself before (must not).
-
-    before, after: per engine and prompt, what `MyLLM.generate` returns; trainer: per engine and prompt, the trainer's
-    log-probabilities of the tokens in `after`. Gaps are absolute differences in nats, over prompt and new tokens. What
-    bf16 leaves was measured: 0.002 to 0.012 on average with random weights, 0.037 with a pretrained SmolLM2-135M, and
-    0.18 for the worst token; wrong weights leave 0.15 and more on average.
-    """
-    gaps = []
-    moved = []
-    for old, new, reference in zip(*map(chain.from_iterable, (before, after, trainer)), strict=True):
-        gaps += [abs(a - b) for a, b in zip(new["logprobs"], reference, strict=True)]
-        prompt = len(new["prompt"]) - 1  # the same tokens before and after
-        moved += [abs(a - b) for a, b in zip(new["logprobs"][:prompt], old["logprobs"][:prompt], strict=True)]
-    worst = max(gaps)
-    gap = sum(gaps) / len(gaps)
-    moved_by = sum(moved) / len(moved)
-    ok = gap <= tolerance and worst <= 10 * tolerance and moved_by > 2 * gap
-    wrong = [] if ok else [f"mean gap {gap:.4f}, largest {worst:.4f}, moved by {moved_by:.4f} nats"]
-    numbers = {"mean_gap_nats": gap, "max_gap_nats": worst, "moved_by_nats": moved_by, "tolerance_nats": tolerance}
-    return {"ok": ok, "checked": len(gaps), **numbers, "wrong": wrong}

@@ -277,3 +277,16 @@ def test_gpus_with_other_weights_are_refused_by_name(theirs, says):
     """Each rank compares all messages with its own: all ranks load, or none."""
     with pytest.raises(HandleError, match=says):
         check(weight("a"), weight("b"), VERSION, others=(*theirs, VERSION))
+
+
+def test_strict_makes_an_error_of_what_was_not_compared():
+    from colocate import checks
+
+    placement = {"checked": 0, "wrong": {}, "padding": {}, "processed": {"w13": 5}, "unknown": {"A": 7}}
+    worker = {"gpu": "GPU-1", "tp_rank": 0, "placement": placement}
+    assert checks.combine([worker], "placement")["ok"], "the loaders' record speaks for A"
+    strict = checks.combine([worker], "placement", strict=True)
+    assert not strict["ok"]
+    assert set(strict["wrong"]["GPU-1 rank 0"]) == {"A", "w13"}
+    nothing = worker | {"placement": placement | {"unknown": {}}}
+    assert not checks.combine([nothing], "placement")["ok"]
