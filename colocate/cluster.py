@@ -1,6 +1,7 @@
-"""A private Ray, or yours: what it needs of the machine, how it starts, and how it ends. Knows no models.
+"""A private Ray, or yours: what it needs of the machine, how it starts, its bundles, how it ends. Knows no models.
 
 `check_environment`  what a private Ray would stumble over, found before it starts.
+`environment`        the variables of all its processes.
 `Cluster`            ray.init with a deadline, which Ctrl-C can interrupt; leaves neither processes nor files.
 """
 
@@ -12,7 +13,6 @@ import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -20,29 +20,15 @@ import threading
 import time
 from pathlib import Path
 
-from colocate.config import MISSING, Stop, refuse_unless
+from colocate.config import MISSING, Config, Stop, refuse_unless, stage_timeouts
+from colocate.signals import hear_signals_again, interrupts_deferred
 from colocate.watch import adopt_orphans, children, end_children, remove, shared_memory_files
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run, unless it was started to ignore them
+ROOT = Path(__file__).resolve().parent.parent  # of rlhf_utils and this folder, which all processes import
 SOCKET_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes with the final zero (man 7 unix)
 ROOM_MIB = 64  # for Ray's logs and vLLM's sockets; a short run takes 1
 PROCESS_MIB = 400  # of a process that has imported torch and vLLM, without what it shares with the others
 RAY_MIB = 600  # of Ray's own processes, and the script's
-
-
-@contextlib.contextmanager
-def interrupts_deferred():
-    """Let Ctrl-C wait: interrupted half-way, stopping Ray or replacing a checkpoint would leave a mess behind."""
-    pending = []
-    heard = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
-    old = {s: signal.signal(s, lambda *_: pending.append(1)) for s in heard}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-    if pending:
-        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,8 +36,9 @@ def interrupts_deferred():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_temporary_folder(prefix: str = "rlhf-") -> Path:
-    """A new folder in $TMPDIR (else /tmp), for everything that a run needs while it runs.
+@contextlib.contextmanager
+def temporary_folder(prefix: str = "rlhf-"):
+    """A new folder in $TMPDIR (else /tmp), for everything that a run needs while it runs. It goes with the run.
 
     Raises Stop(MISSING) if it cannot be made, or is no place for Ray's sockets.
     """
@@ -70,7 +57,11 @@ def make_temporary_folder(prefix: str = "rlhf-") -> Path:
     free = shutil.disk_usage(parent).free / 2**20
     message = f"The folder for temporary files, {parent}, has {free:.0f} MiB free, and {ROOM_MIB} are needed. {fix}"
     refuse_unless(free >= ROOM_MIB, message, MISSING)
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_writable(folder: Path, message: str, fix: str, code: int) -> None:
@@ -123,17 +114,60 @@ def available_memory_mib() -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hear_signals_again() -> None:
-    """Give Python's handlers their signals back: Ray's C++ part takes SIGTERM for itself, and would end the script."""
-    for s in ENDING:
-        signal.signal(s, signal.getsignal(s))
+# Of training actors, whose GPU Ray chooses and shows alone. Ray's other processes belong to engines, see `environment`.
+TRAINER_ENV = {
+    "env_vars": {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"},
+}
+
+
+def environment(config: Config, folder: Path, rehearsal: bool) -> dict[str, str]:
+    """The variables of Ray's processes, which are an engine's unless told otherwise (TRAINER_ENV).
+
+    folder: for vLLM's sockets.
+    """
+    longest = max([config.timeout, *stage_timeouts(config).values()])
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "RLHF_COLOCATE_ROLE": "engine",
+        "VLLM_RPC_BASE_PATH": str(folder),
+        # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(int(longest) + 60),
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # as vLLM wants it for its workers
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else 15: beside a busy program, actors would get a twentieth of a core
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # those of actors that are given up need no traceback
+        "HF_HUB_OFFLINE": "1",  # the model is a folder by now
+    }
+    if rehearsal:  # trainers and engines take turns, and share few cores
+        threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
+        env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
+    return env
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def free_address(_actor) -> str:
+    """host:port on an actor's node."""
+    import ray
+
+    return f"{ray.util.get_node_ip_address()}:{free_port()}"
 
 
 class Cluster:
     """Ray, private or at an address. `start` it once, `stop` it once; what was private is gone then, files and all."""
 
-    def __init__(self, address: str | None = None):
-        self.address = address
+    def __init__(self, config: Config, folder: Path, rehearsal: bool):
+        self.config = config
+        self.folder = folder
+        self.rehearsal = rehearsal
+        self.address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        self.group = None
         self.others = set(os.listdir("/dev/shm"))  # what was there before
         self.not_ours = frozenset()  # children of this process that are nothing of Ray's
         self.thread: threading.Thread | None = None
@@ -141,37 +175,96 @@ class Cluster:
         self.started = threading.Event()  # ray.init has returned, or raised
         self.over = threading.Event()
 
-    def start(self, deadline: tuple[float, float], to_wait_longer: str, **options) -> None:
-        """ray.init(**options), until a deadline: (time on the monotonic clock, seconds that this gave).
+    def options(self, env: dict[str, str]) -> dict:
+        """Of ray.init, for Ray's processes with these variables.
 
-        Raises Stop(FAIL) for a private Ray that does not start, or is late; Stop(MISSING) if there is none at the
-        address; KeyboardInterrupt at once. Nothing is left of it then.
+        A private Ray starts num_cpus processes ahead, at once and in parallel, and each imports colocate.preload, which
+        imports vLLM. An actor gets one of them if its runtime_env is empty, like theirs: hence the variables go into
+        os.environ, which Ray's processes inherit. Without this, vLLM's workers would start to import it only when the
+        engine has.
+        """
+        config = self.config
+        options = {"log_to_driver": config.verbose, "logging_level": "error"}
+        if self.address:
+            options["runtime_env"] = {"env_vars": env, "worker_process_setup_hook": "colocate.preload.prepare"}
+            return options
+        if self.rehearsal:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray would count its entries; the GPUs here are logical ones
+        # Ray listens on all interfaces, and takes 127.0.0.1 as _node_ip_address for the host's own address, unless
+        # this is said, on Linux too, before it is imported (ray._private.services.get_node_ip_address).
+        os.environ.update(env | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+        return options | {
+            "num_gpus": config.num_gpus if self.rehearsal else None,
+            "num_cpus": config.num_engines + config.num_gpus,  # an engine's own process and its workers'
+            "include_dashboard": False,
+            "object_store_memory": 128 * 2**20,  # bytes; only small messages pass through it
+            "_temp_dir": str(self.folder),
+            # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40
+            # to 80 bytes per call (20,000 calls of a bare actor; with this they do not).
+            "_system_config": {"preload_python_modules": ["colocate.preload"], "task_events_report_interval_ms": 0},
+        }
+
+    def start(self, env: dict[str, str], deadline: tuple[float, float, str]) -> None:
+        """ray.init, until a deadline: (time on the monotonic clock, seconds that this gave, the flag that sets them).
+
+        env: variables of Ray's processes. Raises Stop(FAIL) for a private Ray that does not start, or is late;
+        Stop(MISSING) if there is none at the address, or one with too few free GPUs; KeyboardInterrupt at once. Nothing
+        is left of it then.
 
         ray.init runs in a thread, so that the main thread, which alone hears signals, can give up a start that hangs.
         Ray's Python part then leaves SIGTERM alone, which it takes in the main thread only; see hear_signals_again.
         """
-        end, seconds = deadline
+        end, seconds, flag = deadline
         self.not_ours = frozenset(children())
         if not self.address:
             adopt_orphans()
-        self.thread = threading.Thread(target=self._hold_ray, args=(options,), name="ray", daemon=True)
+        self.thread = threading.Thread(target=self._hold_ray, args=(self.options(env),), name="ray", daemon=True)
         try:
             self.thread.start()
             while not self.started.wait(0.05):
                 hear_signals_again()
                 if time.monotonic() >= end:
                     found = f"Ray did not start within {seconds:g} s{stopped_processes()}"
-                    raise Stop(f"{found}. To wait longer: {to_wait_longer}")
+                    raise Stop(f"{found}. To wait longer: {flag}{2 * seconds:g}")
             hear_signals_again()
             if self.error and self.address:
                 fix = "Try: ray start --head, export RAY_AUTH_MODE=token if it wants one, or leave out --ray-address"
                 raise Stop(f"There is no Ray cluster at {self.address!r} ({first_line(self.error)}). {fix}", MISSING)
             if self.error:
                 raise Stop(f"Ray did not start ({first_line(self.error)}){stopped_processes()}")
+            if self.address:
+                self._require_free_gpus()
         except BaseException:
             with interrupts_deferred():
                 self.stop()
             raise
+
+    def _require_free_gpus(self) -> None:
+        import ray
+
+        free = ray.available_resources().get("GPU", 0)
+        n = self.config.num_gpus
+        message = f"The Ray cluster at {self.address!r} has {free:g} free GPUs, and {n} are needed"
+        fix = "Wait for its other jobs, try a smaller --num-gpus, or leave out --ray-address"
+        refuse_unless(free >= n, f"{message}. {fix}", MISSING)
+
+    def place(self, deadline: tuple[float, float, str]):
+        """The placement group, one bundle per GPU. Raises Stop(MISSING) if the GPUs do not come free in time."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        self.group = placement_group([{"GPU": 1}] * self.config.num_gpus, strategy="PACK")
+        end, seconds, _ = deadline
+        while not self.group.wait(1):  # in steps: Ctrl-C is heard only between them
+            if time.monotonic() < end:
+                continue
+            have, free = (
+                {k: v for k, v in r().items() if k in ("CPU", "GPU")}
+                for r in (ray.cluster_resources, ray.available_resources)
+            )
+            found = f"{self.config.num_gpus} GPUs did not come free within {seconds:g} s"
+            raise Stop(f"placement group: {found}; the cluster has {have}, of which free are {free}", MISSING)
+        return self.group
 
     def _hold_ray(self, options: dict) -> None:
         try:
@@ -198,6 +291,8 @@ class Cluster:
         if not self.running():
             return
         found = set(files)
+        if self.group and self.address:  # the next user of this cluster wants the GPUs
+            sys.modules["ray"].util.remove_placement_group(self.group)
         if self.started.wait(1) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
             processes = children(self.not_ours)
             found.update(*(shared_memory_files(p.pid) for p in processes))
@@ -250,3 +345,31 @@ def stopped_processes() -> str:
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
+
+
+def match_placement(trainers: list[list[dict]], engines: list[list[dict]]) -> list[dict]:
+    """Join the reports of trainers and of engines' workers by GPU. Returns one row per bundle.
+
+    Raises Stop unless each GPU has one trainer and one worker, of one torch version.
+    """
+    workers: dict[str, dict] = {}
+    for e, ranks in enumerate(engines):
+        for worker in ranks:
+            if other := workers.get(worker["gpu"]):
+                raise Stop(f"placement: engines {other['engine']} and {e} both have a worker on {worker['gpu']}")
+            workers[worker["gpu"]] = {"engine": e, **worker}
+    rows = []
+    for bundle, (trainer,) in enumerate(trainers):
+        gpu = trainer["gpu"]
+        worker = workers.pop(gpu, None)
+        if worker is None:
+            raise Stop(f"placement: trainer {bundle} is on {gpu}, where no engine has a worker of its own")
+        if worker["torch"].split("+")[0] != trainer["torch"].split("+")[0]:
+            found = f"torch {trainer['torch']} in trainer {bundle} and {worker['torch']} in engine {worker['engine']}"
+            raise Stop(f"placement: {found}. CUDA IPC handles differ between versions: install one of them in both")
+        row = {"bundle": bundle, "trainer_pid": trainer["pid"], "engine": worker["engine"]}
+        rows.append(row | {"tp_rank": worker["tp_rank"], "worker_pid": worker["pid"], "gpu": gpu})
+    if workers:
+        gpu, worker = next(iter(workers.items()))
+        raise Stop(f"placement: engine {worker['engine']} has a worker on {gpu}, where there is no trainer")
+    return rows

@@ -1,4 +1,4 @@
-"""The flags, what can be wrong with them, and how a run ends before its time: `Config`, `Stop`, exit codes.
+"""The flags, what can be wrong with them, and how a run ends before its time: `Config`, `Stop`, `Lost`, exit codes.
 
 Knows neither torch, nor Ray, nor the machine.
 """
@@ -15,15 +15,6 @@ PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint", "recover")
 LONGEST_PROMPT = 48  # tokens, of those that stand in the script
 DEFAULT_MODEL = "facebook/opt-125m"
-# fault -> (what is done, the check that must fail)
-FAULTS = {
-    "drop-tensor": ("one weight is not sent", "push"),
-    "swap-tensors": ("two weights of one shape are sent under each other's name", "transport"),
-    "flip-element": ("one bit of one loaded parameter is flipped", "placement"),
-    "wrong-tp-slice": ("rank 0 loads rank 1's slice of one weight", "placement"),
-    "drift-replica": ("the last trainer's weights differ from the others'", "replicas"),
-    "skip-push": ("nothing is pushed", "changed"),
-}
 
 
 class Stop(Exception):
@@ -32,6 +23,18 @@ class Stop(Exception):
     def __init__(self, message: str, code: int = FAIL):
         super().__init__(message)
         self.code = code
+
+
+class Lost(Stop):
+    """Actors that have died, or did not answer in time. The run can go on without them.
+
+    during: the stage, of which depends whether the others can still answer.
+    """
+
+    def __init__(self, names: set[str], message: str, during: str):
+        super().__init__(message)
+        self.names = names
+        self.during = during
 
 
 def refuse_unless(ok: bool, message: str, code: int = USAGE) -> None:
@@ -120,7 +123,6 @@ class Config:
         0, "seed of the weights' changes, the random weights and the token-id prompts", at_least=0, at_most=2**32 - 1
     )
     strict: bool = flag(False, "an element of the weights that cannot be compared is an error")
-    inject: str | None = flag(None, "break the run on purpose; it must end with FAIL", choices=tuple(FAULTS))
     output_json: str | None = flag(None, "write the report to this file")
     metrics: str | None = flag(
         None, "append one JSON line per RLHF step to this file, and one per loss: what follows replaces later steps"
@@ -201,10 +203,6 @@ def check_layout(config: Config) -> None:
     fix = "Try: --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
     refuse_unless(trainer + engine <= 1 + 1e-9, f"{shares}, but a GPU has 1 to give. {fix}")
     stage_timeouts(config)
-    if config.inject == "wrong-tp-slice":
-        refuse_unless(tp > 1, "--inject wrong-tp-slice needs two ranks. Try: --num-gpus 2 --tensor-parallel-size 2")
-    if config.inject == "drift-replica":
-        refuse_unless(n > 1, "--inject drift-replica needs two training actors. Try: --num-gpus 2")
 
 
 def stage_timeouts(config: Config) -> dict[str, float]:

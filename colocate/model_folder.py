@@ -17,8 +17,12 @@ import re
 import threading
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colocate.config import DEFAULT_MODEL, LONGEST_PROMPT, MISSING, USAGE, Config, Stop
+
+if TYPE_CHECKING:
+    import torch
 
 # transformers' OPTConfig() describes the default model; the rehearsal takes a smaller one of its architecture, with a
 # tenth of its words: a training step is mostly the softmax over them. At TP=2 both pad the vocabulary by 32 rows.
@@ -54,6 +58,18 @@ class Model:
     parameters: int = 0  # tied weights once
     has_tokenizer: bool = False
     notes: tuple[str, ...] = ()  # lines for the user
+    rehearsal: bool = False  # on the CPU, by Ray's logical GPUs
+    kv_cache_bytes: int | None = None  # of one rank; None: what the GPU's memory leaves
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for Ray's processes (see colocate/preload.py)."""
+        capped = self.rehearsal and self.config.get("attn_logit_softcapping")
+        return {"RLHF_COLOCATE_ARCHITECTURE": self.architecture} | ({"RLHF_COLOCATE_AVX2": "1"} if capped else {})
+
+    def files_beside(self) -> list[Path]:
+        """Tokenizer and the like, which a checkpoint has beside its weights."""
+        return sorted({f for pattern in BESIDE for f in self.folder.glob(pattern) if f.is_file()})
 
 
 def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
@@ -85,8 +101,9 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
     settings = model_config.to_dict() | {name: getattr(model_config, name) for name in names}
     check_heads(config, settings)
     has_tokenizer = check_tokenizer(folder, rows)
-    if not has_tokenizer and load_format != "dummy":
-        notes.append(f"{source} has no tokenizer: prompts are seeded token ids")
+    if not has_tokenizer:
+        name = "the model" if load_format == "dummy" else source
+        notes.append(f"{name} has no tokenizer: prompts are seeded token ids; PROMPTS and reward wait for one that has")
     return Model(folder, source, load_format, settings, architecture, parameters, has_tokenizer, tuple(notes))
 
 
@@ -468,3 +485,32 @@ def first_line(error: object) -> str:
     """Of a message of another package, at most 200 characters; the type where there is no message."""
     lines = str(error).strip().splitlines()
     return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
+
+
+def load_model(folder: str, load_format: str, dtype: str, seed: int, device: torch.device) -> torch.nn.Module:
+    """A trainer's transformers model. load_format "dummy": seeded random weights.
+
+    Raises ValueError if the checkpoint's tensors are not exactly the model's: transformers fills what is missing with
+    random numbers.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from colocate.attention import attention_for
+
+    config = AutoConfig.from_pretrained(folder)
+    options = {"dtype": getattr(torch, dtype)}
+    options["attn_implementation"] = attention_for(config, device, options["dtype"])
+    if load_format == "dummy":
+        torch.manual_seed(seed)
+        with device:
+            return AutoModelForCausalLM.from_config(config, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if wrong := describe_loading(info):
+        raise ValueError(f"the checkpoint in {folder} does not fit the model: {wrong}")
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if config.tie_word_embeddings and embedding.weight is not head.weight:
+        raise ValueError(f"{folder}/config.json ties the head to the embedding, but the checkpoint's differ")
+    return model.to(device)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from colocate.cluster import available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
-from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes
+from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, rehearsal_kv_bytes
 from colocate.model_folder import Model, check_model
 from colocate.tasks import check_task
 
 if TYPE_CHECKING:
-    from colocate.report import Log
+    from colocate.report import Report
 
 
 OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint")
@@ -89,16 +89,6 @@ def check_room(folder: Path, needed: int, what: str) -> None:
         "Make room there, or try a path on another disk",
         MISSING,
     )
-
-
-def describe_failed_save(folder: Path, half: Path, error: Exception) -> str:
-    """What to say when writing the checkpoint that was to become `folder`, in `half`, ended with this error."""
-    written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
-    free = shutil.disk_usage(folder.parent).free
-    kept = "The checkpoint from before is whole" if folder.exists() else "There was none before"
-    full = f"the disk of {folder.parent} is full, with {free} bytes free" if free < 64 * 2**20 else str(error)
-    fix = "Make room there, or try --checkpoint on another disk" if free < 64 * 2**20 else "Check --checkpoint"
-    return f"The checkpoint was not written to {folder}: after {written} bytes, {' '.join(full.split())}. {kept}. {fix}"
 
 
 def check_resume(config: Config, parameters: int) -> None:
@@ -310,13 +300,12 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict) -> tuple[s
     return "float32", f"this CPU ({level}) has neither AVX512_BF16 nor AMX, and is slow in bfloat16"
 
 
-def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Config, bool, Model]:
-    """Step 1. Fills the report's versions and hardware; returns what a Colocation needs: the configuration, with
-    --dtype auto resolved, whether it is a rehearsal, and the model.
+def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Model]:
+    """Look at everything. Returns the configuration, with --dtype auto resolved, and the model.
 
-    scratch: an empty folder that lives as long as the run.
+    scratch: an empty folder that lives as long as the run. Raises Stop for the first thing that is not as needed.
     """
-    with log.stage("preflight"):
+    with report.stage("preflight"):
         check_layout(config)
         check_loop(config)
         check_outputs(config)
@@ -324,9 +313,9 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Co
         own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
         if own_ray:
             check_environment(processes=2 * config.num_gpus + config.num_engines)
-        report["versions"], rehearsal = find_packages()
+        report.data["versions"], rehearsal = find_packages()
         gpus = [] if rehearsal else find_gpus()
-        report["hardware"] = check_hardware(config, gpus, rehearsal)
+        report.data["hardware"] = check_hardware(config, gpus, rehearsal)
         model = check_model(config, rehearsal, scratch)
         check_resume(config, model.parameters)
         notes = [hide_what_cuda_ignores(gpus), *model.notes]
@@ -341,12 +330,16 @@ def preflight(config: Config, log: Log, report: dict, scratch: Path) -> tuple[Co
             check_host_memory(config, model.config, model.parameters, int(available_memory_mib() * 2**20))
         elif own_ray:
             check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
+        if rehearsal:
+            kv_cache_bytes = rehearsal_kv_bytes(config, model.config)
+            model = dataclasses.replace(model, rehearsal=True, kv_cache_bytes=kv_cache_bytes)
         if unknown := [g["index"] for g in gpus[: config.num_gpus] if g["total"] is None or g["free"] is None]:
             notes.append(f"nvidia-smi does not tell the memory of GPU {', '.join(unknown)}: not checked")
-    versions = " ".join(f"{k}-{v}" for k, v in report["versions"].items())
-    log("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
+    versions = " ".join(f"{k}-{v}" for k, v in report.data["versions"].items())
+    report("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
     if rehearsal:
-        log("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
+        report("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
     for note in filter(None, notes):
-        log("preflight", note)
-    return config, rehearsal, model
+        report("preflight", note)
+    report.settings(config)
+    return config, model

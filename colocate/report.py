@@ -1,34 +1,59 @@
-"""What the user sees of a run: lines, tables, the status on a terminal; --plot and --trace."""
+"""What a run tells: lines, a status line, tables, the verdict and its exit code, --output-json, --metrics, --plot.
+
+Each fact is said once, by the method that is named after it: it prints the line and keeps the entry. Knows no actors.
+"""
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rlhf_colocate import Colocation
+from colocate.config import FAIL, INTERRUPTED, MISSING, PASS, USAGE, Config, Lost, Stop
+from colocate.signals import end_by_interrupt
 
 START = time.perf_counter()
 SILENCE_S = 30
 
 
-class Log:
-    """Tagged lines with the time since the start, a status line on a terminal, and how long each stage took."""
+class Report:
+    """Of one run. `data` becomes --output-json."""
 
-    def __init__(self):
+    def __init__(self, config: Config, argv: list[str] | None = None):
+        self.config = config
+        self.exit_code = PASS
+        self.failure: BaseException | None = None  # the first that ended the run
         self.stages_s: dict[str, float] = {}
-        self.spans: collections.deque = collections.deque(maxlen=10_000)  # for --trace, as `traced` notes them
+        self.spans: list[tuple[str, float, float]] = []  # for --trace: (name, seconds since the epoch, seconds)
         self.terminal = sys.stdout.isatty()
         self.colour = self.terminal and "NO_COLOR" not in os.environ
         self.bar = ""  # of the loop, in the status line
         self.said = START  # when the last line was printed
+        self.step_seconds: dict[str, float] = {}  # of the stages of the present step
+        self.rollout: dict | None = None  # what is known of a step before it is trained
+        arguments = sys.argv[1:] if argv is None else argv
+        self.data: dict = {
+            "verdict": "FAIL",
+            "command": " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "config": {},
+            "versions": {},
+            "hardware": {},
+            "placement": [],
+            "pushes": [],
+            "verify": {},
+            "stages_s": self.stages_s,
+        }
+        self.settings(config)
+
+    # --- lines and stages
 
     def elapsed(self) -> float:
         """Seconds since the script started."""
@@ -41,14 +66,9 @@ class Log:
         print(f"{clear}{self.elapsed():7.1f}s {mark} {text}\n", end="", flush=True)
         self.said = time.perf_counter()
 
-    def progress(self, done: int, total: int, phase: str) -> None:
-        """A bar that the next line replaces; nothing where there is no terminal."""
-        self.bar = f"[{'#' * (30 * done // total):.<30}] {done}/{total} "
-        self._status(phase)
-
-    def waiting(self, stage: str, seconds: float, parts: str) -> None:
+    def waiting(self, stage: str, seconds: float, actors: str) -> None:
         """A sign of life, each second on a terminal; elsewhere a line after every 30 seconds of silence."""
-        text = f"{stage}: {seconds:.0f} s, waiting for {parts}"
+        text = f"{stage}: {seconds:.0f} s, waiting for {actors}"
         self._status(text)
         if not self.terminal and time.perf_counter() - self.said >= SILENCE_S:
             self("wait", text)
@@ -59,17 +79,243 @@ class Log:
             print(f"\r\033[K{line}", end="", flush=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str, seconds: dict | None = None):
-        """Time a stage; stages of the same name add up. seconds: take the time down there as well."""
-        begun, start = time.time(), time.perf_counter()
+    def stage(self, name: str):
+        """Time a stage; stages of the same name add up, over the run and over the present step."""
+        if self.bar:
+            self._status(name)
+        begun = time.time()
+        start = time.perf_counter()
         try:
             yield
         finally:
             took = time.perf_counter() - start
             self.stages_s[name] = round(self.stages_s.get(name, 0) + took, 3)
-            self.spans.append((name, begun, took))
-            if seconds is not None:
-                seconds[name] = took
+            self.step_seconds[name] = self.step_seconds.get(name, 0) + took
+            if self.config.trace:
+                self.spans.append((name, begun, took))
+
+    # --- the start
+
+    def settings(self, config: Config) -> None:
+        """The flags, with --dtype auto resolved. Of absolute paths the name alone: the file may be published."""
+        self.config = config
+        settings = dataclasses.asdict(config)
+        paths = {k: v for k, v in settings.items() if isinstance(v, str) and "/" in v and Path(v).is_absolute()}
+        self.data["config"] = settings | {k: Path(v).name for k, v in paths.items()}
+
+    def placement(self, rows: list[dict]) -> None:
+        """Of the first start; those that replace what was lost are named by `replaced`."""
+        if self.data["placement"]:
+            return
+        self.data["placement"] = rows
+        self("place", "verified by GPU UUID, both ways:")
+        header = ["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"]
+        print_table(header, [list(row.values()) for row in rows])
+
+    # --- the push and its proof
+
+    def connected(self, wall_ms: float, workers: list[dict]) -> None:
+        first = "connect" not in self.data
+        self.data["connect"] = {"wall_ms": wall_ms, "workers": workers}
+        copies = sum(w["copies"] for w in workers)
+        loaders = sum(len(w["loaders"]) for w in workers)
+        text = f"connected {len(workers)} workers in {wall_ms:.1f} ms: {copies} copies recorded"
+        if loaders:
+            text += f", {loaders} weights go through vLLM's loaders at each push"
+        if first:
+            self("push", text)
+
+    def pushed(self, push: dict) -> None:
+        """push: as `Colocation.push` returns it."""
+        self.push_ms = push["wall_ms"]
+        if self.rollout is None and len(self.data["pushes"]) < 2:  # before the loop
+            self.data["pushes"].append(push)
+            size = f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers"
+            self("push", f"version {push['version']}: {size} in {push['wall_ms']:.1f} ms")
+
+    def replicas_equal(self, weights: int, replicas: int) -> None:
+        """All weights were changed by noise, in all trainers alike."""
+        self.data["verify"]["replicas"] = {"ok": True, "checked": weights * replicas, "wrong": []}
+        self("train", f"{weights} weights changed by noise, {replicas} replicas bitwise identical")
+
+    def check(self, name: str, check: dict) -> None:
+        """One check of the proof: {"ok", "checked", "wrong", ...}. If it failed, `proven` raises, after the others."""
+        self.data["verify"][name] = check
+        found = describe(name, check) if check["ok"] else f"FAILED: {summary(check['wrong'])}"
+        self("verify", f"{name}: {found}")
+
+    def proven(self, before: list[dict], after: list[dict], text: Callable) -> None:
+        """Samples with the old and the new weights, of each prompt one by each engine. text: decodes token ids.
+
+        Raises Stop with all checks that have failed.
+        """
+        verify = self.data["verify"]
+        if failed := [name for name, check in verify.items() if not check["ok"]]:
+            raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
+        self.data["first_verified_push_s"] = round(self.elapsed(), 3)
+        n = self.config.num_engines
+        pairs = list(zip(before[::n], after[::n], strict=True))[:2]
+        self.data["samples"] = [{"old": text(old["tokens"]), "new": text(new["tokens"])} for old, new in pairs]
+        for sample in self.data["samples"]:
+            self("rollout", f"old weights {shorten(sample['old'])}")
+            self("rollout", f"new weights {shorten(sample['new'])}")
+
+    # --- the loop
+
+    def loop(self, done: int, last: int) -> None:
+        """The loop begins after so many steps, and ends after `last`."""
+        self.data["steps"] = []
+        self.data["losses"] = []
+        self.first = done
+        self.last = last
+        self.step_seconds.clear()
+        self._move_bar()
+
+    def _move_bar(self) -> None:
+        done = len(self.data["steps"])
+        total = self.last - self.first
+        self.bar = f"[{'#' * (30 * done // total):.<30}] {done}/{total} "
+
+    def sampled(self, step: int, samples: list[dict], text: Callable, gpu_used_gib: list[float]) -> None:
+        """A rollout is rewarded; it will be trained on next. text: decodes token ids."""
+        rewards = [s["reward"] for s in samples]
+        tokens = sum(len(s["tokens"]) for s in samples)
+        row = {"step": step, "reward": sum(rewards) / len(rewards), "tokens": tokens}
+        row |= {"tokens_per_s": tokens / self.step_seconds["rollout"], "push_ms": self.push_ms}
+        row |= {"gpu_used_gib": gpu_used_gib, "best": text(max(samples, key=lambda s: s["reward"])["tokens"])}
+        self.rollout = row
+
+    def step(self, version: int, metrics: dict) -> None:
+        """The step of the last rollout is trained. Raises Stop if trainers and sampler do not agree on it."""
+        tolerance = self.config.logprob_tolerance
+        if not metrics["logprob_gap"] <= tolerance:
+            gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {tolerance:g}"
+            raise Stop(f"logprobs: step {self.rollout['step']}: the trainers' log-probabilities are {gap}")
+        row = self.rollout | {"version": version, **metrics, "seconds": dict(self.step_seconds)}
+        self.step_seconds.clear()
+        self.data["steps"].append(row)
+        self._move_bar()
+        self("step", describe_step(row, self.last))
+        self._note(row)
+
+    def verified(self, step: int, checks: dict) -> None:
+        """The elements of the engines' weights are compared again. Raises Stop if one is wrong."""
+        for name, check in checks.items():
+            if not check["ok"]:
+                raise Stop(f"{name}: step {step}: {summary(check['wrong'])}")
+        elements = checks["placement"]["checked"]
+        self("verify", f"step {step}: {elements} parameter elements equal the trainers' bit for bit")
+
+    def learned(self, before: list[dict], after: list[dict], text: Callable) -> None:
+        """What the loop has changed: samples as in `proven`, before it and after it."""
+        rows = self.data["steps"]
+        n = self.config.num_engines
+        self.data["learned"] = [
+            {"prompt": text(b["prompt"]), "before": text(b["tokens"]), "after": text(a["tokens"])}
+            for b, a in zip(before[::n], after[::n], strict=True)
+        ]
+        first, last = rows[0], rows[-1]
+        text = f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}"
+        self("step", text)
+        if losses := self.data["losses"]:
+            self("lost", f"{len(losses)} of --max-restarts {self.config.max_restarts} were needed")
+        for sample in self.data["learned"][:2]:
+            self("rollout", f"before {shorten(sample['before'])}")
+            self("rollout", f"after  {shorten(sample['after'])}")
+
+    # --- losses
+
+    def lost(self, loss: Lost) -> None:
+        """Raises Stop if there was a loss too many."""
+        losses = self.data["losses"]
+        losses.append({"lost": sorted(loss.names), "message": str(loss)})
+        allowed = self.config.max_restarts
+        if len(losses) > allowed:
+            used = f"{allowed} of --max-restarts {allowed} are used up" if allowed else "--max-restarts is 0"
+            raise Stop(f"{loss}; {used}. To go on after a loss: --max-restarts {len(losses)}")
+        self("lost", str(loss))
+        self.lost_at = time.monotonic()
+
+    def all_lost(self, names: set[str]) -> None:
+        """Those of the last loss, and what else does not answer."""
+        self.data["losses"][-1]["lost"] = sorted(names)
+
+    def goes_on(self, step: int, version: int, metrics: dict) -> None:
+        """The trainers are after this step, whose metrics these are. What was done after it will be done again."""
+        losses = self.data["losses"]
+        if losses and "seconds" not in losses[-1]:
+            losses[-1]["seconds"] = seconds = round(time.monotonic() - self.lost_at, 3)
+            count = f"restart {len(losses)} of {self.config.max_restarts}"
+            self("lost", f"recovered in {seconds:.1f} s, {count}: going on after step {step} with version {version}")
+            self._note({"lost": losses[-1]["lost"], "back_to_step": step + 1})
+        rows = self.data["steps"]
+        rows[:] = [row for row in rows if row["step"] <= step]
+        rolled_out = self.rollout and self.rollout["step"] == step
+        if rolled_out and (not rows or rows[-1]["step"] < step):  # it was trained, but its metrics did not arrive
+            self.step(version, metrics)
+        self.step_seconds.clear()
+        self._move_bar()
+
+    # --- the end
+
+    @contextlib.contextmanager
+    def verdict(self):
+        """PASS, or what a Stop, Ctrl-C or an error says: the last line, the exit code, and all files."""
+        end_by_interrupt()
+        verdict = "PASS"
+        try:
+            yield
+        except BaseException as error:
+            self.exit_code, verdict = self._judge(error)
+            if self.config.verbose and not isinstance(error, (Stop, KeyboardInterrupt)):
+                traceback.print_exception(error)
+            if self.failure not in (None, error) and self.exit_code != INTERRUPTED:
+                before = self._judge(self.failure)[1]
+                verdict = f"FAIL: teardown: {verdict.removeprefix('FAIL: ')}; without that: {before}"
+        if self.exit_code in (USAGE, MISSING):
+            print(f"rlhf_colocate.py: error: {verdict.removeprefix('FAIL: ')}", file=sys.stderr)
+            return
+        self.data["verdict"] = verdict
+        try:
+            if self.config.output_json:
+                Path(self.config.output_json).write_text(json.dumps(self.data, indent=1) + "\n")
+        except OSError as error:
+            self.exit_code = FAIL
+            verdict = f"FAIL: the report was not written ({error}); without that: {verdict}"
+        mb = {"push": f"{sum(p['bytes'] for p in self.data['pushes']) / 1e6:.1f}"}
+        print_table(["stage", "seconds", "MB"], [[k, f"{v:.2f}", mb.get(k, "")] for k, v in self.stages_s.items()])
+        print(verdict, flush=True)
+
+    def _judge(self, error: BaseException) -> tuple[int, str]:
+        """(exit code, verdict) of what ended a run."""
+        if isinstance(error, Stop):
+            return error.code, f"FAIL: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED, "FAIL: interrupted"
+        if not isinstance(error, Exception):
+            raise error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        return FAIL, f"FAIL: {type(error).__name__}: {error} ({where}; --verbose shows the traceback)"
+
+    def failing(self, error: BaseException | None) -> None:
+        """Say at once what has gone wrong, since ending everything may take a while."""
+        self.failure = error
+        if error is None:
+            return
+        code, verdict = self._judge(error)
+        if code == FAIL:
+            with contextlib.suppress(OSError):  # the output is closed, as after `| head`
+                self("fail", verdict)
+
+    def plot(self) -> None:
+        if self.config.plot and self.data.get("steps"):
+            plot_steps(self.data["steps"], self.config.plot)
+
+    def _note(self, line: dict) -> None:
+        if self.config.metrics:
+            with open(self.config.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
@@ -87,36 +333,30 @@ def summary(wrong) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def describe_connect(connect: dict) -> str:
-    workers = connect["workers"]
-    copies, loaders = sum(w["copies"] for w in workers), sum(len(w["loaders"]) for w in workers)
-    text = f"connected {len(workers)} workers in {connect['wall_ms']:.1f} ms: {copies} copies recorded"
-    return text + (f", {loaders} weights go through vLLM's loaders at each push" if loaders else "")
-
-
-def describe(verify: dict) -> dict[str, str]:
-    """What each passed check has shown, in one line."""
-    t, p, c, b = (verify[k] for k in ("transport", "placement", "changed", "behaviour"))
-    processed = sum(p["processed"].values())
-    placement = f"{p['checked']} parameter elements equal the trainers' bit for bit, {sum(p['padding'].values())} "
-    placement += "are padding" + (f", {processed} are in a kernel's own layout and not comparable" if processed else "")
-    if p["unknown"]:
-        names = list(dict.fromkeys(where.split(" ", 1)[1] for where in p["unknown"]))
-        placement += f", {sum(p['unknown'].values())} elements of {len(names)} parameters ({summary(names)}) are not "
-        placement += "known to the layout and were not compared: vLLM's loaders wrote each exactly once"
-    return {
-        "transport": f"{t['checked']} tensors arrived with the trainers' digests",
-        "placement": placement,
-        "changed": f"every parameter of {c['checked']} workers differs from before",
-        "behaviour": f"log-probabilities of {b['checked']} tokens: {b['mean_gap_nats']:.4f} nats from the trainers' "
-        f"(tolerance {b['tolerance_nats']:g}), {b['moved_by_nats']:.4f} from the old weights'",
-    }
-
-
-def brief(completion: str | list[int]) -> str:
+def shorten(completion: str | list[int]) -> str:
     """The first hundred characters of a completion, as Python writes it."""
     text = repr(completion)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def describe(name: str, check: dict) -> str:
+    """What a passed check has shown, in one line."""
+    checked = check["checked"]
+    if name == "transport":
+        return f"{checked} tensors arrived with the trainers' digests"
+    if name == "changed":
+        return f"every parameter of {checked} workers differs from before"
+    if name == "behaviour":
+        gap = f"{check['mean_gap_nats']:.4f} nats from the trainers' (tolerance {check['tolerance_nats']:g})"
+        return f"log-probabilities of {checked} tokens: {gap}, {check['moved_by_nats']:.4f} from the old weights'"
+    text = f"{checked} parameter elements equal the trainers' bit for bit, {sum(check['padding'].values())} are padding"
+    if processed := sum(check["processed"].values()):
+        text += f", {processed} are in a kernel's own layout and not comparable"
+    if unknown := check["unknown"]:
+        names = list(dict.fromkeys(where.split(" ", 1)[1] for where in unknown))
+        text += f", {sum(unknown.values())} elements of {len(names)} parameters ({summary(names)}) are not known to "
+        text += "the layout and were not compared: vLLM's loaders wrote each exactly once"
+    return text
 
 
 def describe_step(row: dict, last: int) -> str:
@@ -133,7 +373,7 @@ def describe_step(row: dict, last: int) -> str:
 
 
 def plot_steps(rows: list[dict], path: str) -> None:
-    """Reward, and seconds per phase, by step."""
+    """Reward, and seconds per stage, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,25 +391,3 @@ def plot_steps(rows: list[dict], path: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def write_trace(path: str, log: Log, colocation: Colocation) -> None:
-    """All spans in Chrome's trace format: the driver, and for each GPU its trainer and its engine, as rows.
-
-    https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-    """
-    tp, events = colocation.config.tensor_parallel_size, []
-
-    def add(pid: int, process: str, tid: int, thread: str, spans: list) -> None:
-        for kind, name in (("process_name", process), ("thread_name", thread)):
-            events.append({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
-        for name, start, seconds in spans:
-            times = {"ts": round(1e6 * start), "dur": round(1e6 * seconds)}
-            events.append({"ph": "X", "name": name, "pid": pid, "tid": tid, **times})
-
-    add(0, "driver", 0, "phases", log.spans)
-    engines = colocation.on_engines("trace")
-    for gpu, spans in enumerate(colocation.on_trainers("trace")):
-        add(gpu + 1, f"GPU {gpu}", 0, f"trainer {gpu}", spans)
-        add(gpu + 1, f"GPU {gpu}", 1, f"engine {gpu // tp}, rank {gpu % tp}", engines[gpu // tp])
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

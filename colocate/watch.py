@@ -1,14 +1,19 @@
-"""Processes of this host, and what they have in /dev/shm. Knows neither Ray nor vLLM."""
+"""Processes of one host, and what they have in /dev/shm. Knows neither Ray nor vLLM."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
+import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from colocate.config import Stop
 
 if TYPE_CHECKING:
     import psutil
@@ -79,3 +84,134 @@ def remove(files: set[str]) -> None:
     for file in files:
         with contextlib.suppress(OSError):  # gone already, or another user's
             os.unlink(f"/dev/shm/{file}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes behind the actors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Member:
+    """A process of an actor. process: None where it is no descendant of the script (a cluster at --ray-address)."""
+
+    name: str  # of the actor
+    role: str
+    pid: int
+    gpu: str
+    process: psutil.Process | None
+
+    def __str__(self) -> str:
+        return f"{self.role} (pid {self.pid}{f' on {self.gpu}' if self.gpu else ''})"
+
+    def state(self) -> str:
+        """ "has ended", "is stopped" (by a signal or a debugger), or "": running, or of another host."""
+        import psutil
+
+        if self.process is None:
+            return ""
+        try:
+            status = self.process.status()
+        except psutil.NoSuchProcess:
+            return "has ended"
+        reused = not self.process.is_running()  # the pid is another process's by now
+        if reused or status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return "has ended"
+        return "is stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else ""
+
+
+class Watch:
+    """The processes of this run on one host, by the pids that they reported, and their files in /dev/shm."""
+
+    def __init__(self):
+        self.members: list[Member] = []
+        self.ray: list[Member] = []  # a private Ray's own
+        self.files: dict[str, set[str]] = {}  # by actor; noted early: the dead cannot name theirs any more
+        self.early_files: set[str] = set()  # of processes that had not reported yet
+        self.prefix = f"r{secrets.token_hex(4)}"  # of the names of engines' queues; Python allows 9 characters
+        self.others = set(os.listdir("/dev/shm"))  # what was there before
+
+    def add(self, found: list[tuple[str, str, int, str]]) -> None:
+        """found: (actor's name, role, pid, GPU or "")."""
+        import psutil
+
+        ours = {p.pid: p for p in psutil.Process().children(recursive=True)}
+        self.members += [Member(name, role, pid, gpu, ours.get(pid)) for name, role, pid, gpu in found]
+        self.note_files()
+
+    def add_ray(self) -> None:
+        """Watch a private Ray's own processes, too."""
+        import psutil
+
+        found = [(p.name(), p) for p in psutil.Process().children()]
+        self.ray = [Member("Ray", f"Ray's {n}", p.pid, "", p) for n, p in found if n in ("gcs_server", "raylet")]
+
+    def drop(self, name: str) -> None:
+        """Forget an actor's processes, which have ended, and remove what they alone had in /dev/shm."""
+        self.members = [m for m in self.members if m.name != name]
+        kept = {file for m in self.members for file in self.files_of(m.pid)}
+        remove(self.files.pop(name, set()) - kept)
+
+    def of(self, names: Iterable[str]) -> list[Member]:
+        return [m for m in self.members if m.name in names]
+
+    def ended(self) -> set[str]:
+        """Actors of which a process has ended."""
+        return {m.name for m in self.members if m.state() == "has ended"}
+
+    def troubled(self, names: Iterable[str]) -> set[str]:
+        """Those of these actors of which a process has ended or is stopped."""
+        return {m.name for m in self.of(names) if m.state()}
+
+    def troubled_ray(self) -> list[Member]:
+        return [m for m in self.ray if m.state()]
+
+    def require_ray(self) -> None:
+        """Raise Stop if Ray has lost one of its own: a call may hang then, and after a minute Ray ends the driver."""
+        if gone := [f"{m} {m.state()}" for m in self.troubled_ray()]:
+            raise Stop(f"lost Ray: {', '.join(gone)}; nothing can be rebuilt without it")
+
+    def describe(self, names: Iterable[str]) -> str:
+        """The processes whose state says why; all of them if none does."""
+        members = self.of(names)
+        telling = [f"{m} {m.state()}" for m in members if m.state()]
+        return ", ".join(telling or map(str, members)) or join_names(names)
+
+    def unreported(self) -> list[psutil.Process]:
+        """Processes of Ray actors that have not reported yet, by the title that Ray gives them: ray::CLASS.METHOD."""
+        import psutil
+
+        known = {m.pid for m in self.members}
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline())
+                if process.pid not in known and re.match(r"ray::(?!IDLE\b|\w*Agent\b)", title):
+                    found.append(process)
+        return found
+
+    def note_files(self) -> None:
+        """Remember what the processes have in /dev/shm by now: vLLM's queues, and what torch keeps for CUDA IPC."""
+        for member in self.members:
+            if member.process:
+                self.files.setdefault(member.name, set()).update(self.files_of(member.pid))
+
+    def note_early_files(self) -> None:
+        """The same for all processes, while they start and have not reported."""
+        for process in children():
+            self.early_files.update(self.files_of(process.pid))
+
+    def files_of(self, pid: int) -> set[str]:
+        """Names in /dev/shm that a process of this run has mapped: queues of vLLM, buffers of NCCL.
+
+        Neither what was there before nor what is in folders: models, checkpoints and packages may be kept there.
+        """
+        return shared_memory_files(pid) - self.others
+
+    def all_files(self) -> set[str]:
+        queues = {name for name in os.listdir("/dev/shm") if name.startswith(self.prefix)}
+        return queues.union(self.early_files, *self.files.values())
+
+
+def join_names(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
