@@ -60,14 +60,13 @@ import sys
 import rlhf_colocate as rc
 
 class Keeps(rc.Colocation):
-    def save(self, folder, by=0):
+    def save(self, folder, by="trainer 0"):
         super().save(folder, by)
         half = folder.with_name("half")
         if not half.exists():
             shutil.copytree(folder, half)
 
-rc.Colocation = Keeps
-sys.exit(rc.main(sys.argv[1:]))
+sys.exit(rc.main(layout=Keeps))
 """
 
 
@@ -75,8 +74,10 @@ sys.exit(rc.main(sys.argv[1:]))
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path, Path]:
     """A run of thirteen steps: (their rows, the checkpoint after the twelfth, the one after the last)."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    keeps, half, whole = folder / "keeps.py", folder / "half", folder / "whole"
+    keeps = folder / "keeps.py"
     keeps.write_text(KEEPS)
+    half = folder / "half"
+    whole = folder / "whole"
     checkpoints = ["--checkpoint", str(whole), "--checkpoint-every", "12"]
     steps = Run(folder, *LONG, *shape(folder, **TINY), *checkpoints, script=keeps).passed()["steps"]
     return steps, half, whole

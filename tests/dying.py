@@ -66,7 +66,8 @@ def die_before(cls: type, name: str) -> None:
 
 
 class Layout(rc.Colocation):
-    training_actor, engine_actor = Trainer, Engine
+    trainer_class = Trainer
+    engine_class = Engine
     worker_extension = "dying.Extension"
 
 
@@ -76,8 +77,7 @@ if __name__ == "__main__":
     who, when, how, *flags = sys.argv[1:]
     os.environ["RLHF_TEST_DYING"] = f"{how} {who} {when}"
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)
-    rc.Colocation = dying.Layout
-    sys.exit(rc.main(flags))
+    sys.exit(rc.main(flags, layout=dying.Layout))
 elif "vllm.v1.worker.worker_base" in sys.modules and os.environ.get("RLHF_TEST_DYING"):
     die("worker", "import")
     from vllm.v1.worker.cpu_worker import CPUWorker

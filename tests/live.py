@@ -9,10 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -23,35 +21,31 @@ from running import ROOT, TINY, deadline, require_nothing_left, shape
 import rlhf_colocate as rc
 from benchmarks import drills
 from benchmarks.traces import Traces
+from colocate import checks, cluster
+from colocate.config import Stop
+from colocate.preflight import preflight
+from colocate.report import Report
 
 LAYOUT = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--dtype", "float32", "--steps", "2", "--max-tokens", "8"]
 LAYOUT += ["--prompts-per-step", "4", "--group-size", "4", "--kl-coef", "0.1", "--offload-optimizer"]
 
 
-class FailingTrainer(drills.DrilledTrainer):
-    def learn(self, samples: list[dict], total_tokens: int, version: int) -> dict[str, float]:
-        if samples[0].pop("fails", False):
-            raise OSError("the dog ate it")
-        return super().learn(samples, total_tokens, version)
-
-
-class Shared(rc.SabotagedColocation):
+class Shared(drills.Drilled):
     """What a run of the script leaves when it has passed, with its engine awake, before it closes."""
 
-    training_actor = FailingTrainer
-    worker_extension = "drills.DrilledWorker"
-    stale_after: int | None = None
+    stale_after: int | None = None  # a step, after whose push the trainers go on from other weights
 
-    def start(self, report: dict) -> None:
-        """Run the script's own start, proof and loop. The report is filled as its own is."""
-        self.report = report
+    def run(self, task: rc.Task) -> None:
+        """The script's own start, proof and loop."""
+        self.task = task
         self.first_config = self.config
-        rc.run(self.config, self.log, report, self)
-        self.versions = itertools.count(1_000)  # above all that a run of a few steps gives out: none comes twice
+        self.first_report = self.report
+        rc.run(self.config, self, task, self.report)
         # The state that every test finds: that of a checkpoint, so that trainers can start again from it.
-        self.checkpoint = self.folder / "checkpoint"
-        self.save(self.checkpoint)
-        self.digests = self.check_replicas()
+        self.first_checkpoint = self.folder / "checkpoint"
+        self.save(self.first_checkpoint)
+        self.weights = self.restore()[1]["weights"]
+        self.heal()
 
     def start_ray(self) -> None:
         import psutil
@@ -59,33 +53,59 @@ class Shared(rc.SabotagedColocation):
         super().start_ray()
         ours = {process.pid for process in [psutil.Process(), *psutil.Process().children(recursive=True)]}
         sockets = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
-        self.listening = sorted({c.laddr.ip for c in sockets})
+        self.report.data["listening"] = sorted({c.laddr.ip for c in sockets})
 
-    def push(self, version: int) -> dict:
-        pushed = super().push(version)
-        if version == self.stale_after:  # the trainers go on from weights that the engine never saw
-            self.on_trainers("perturb", version)
-        return pushed
+    def push(self) -> dict:
+        push = super().push()
+        rollout = self.report.rollout
+        if rollout and rollout["step"] == self.stale_after:
+            self.fleet.ask(self.trainers, checks.perturb, version=self.version)
+        return push
 
-    def change(self, **settings) -> None:
-        """Other flags, for this test."""
+    def change(self, **settings) -> Report:
+        """Other flags, and a new report, for this test."""
         self.config = dataclasses.replace(self.config, **settings)
+        self.tell(Report(self.config, []))
+        return self.report
+
+    def tell(self, report: Report) -> None:
+        self.report = report
+        self.fleet.report = report
 
     def heal(self) -> None:
         """Bring the layout back to how it was: the checkpoint's weights everywhere, the engine connected and awake."""
-        self.config, self.state = self.first_config, "ready"
-        self.stale_after, self.saved = None, self.checkpoint
-        if self.on_trainers("progress")[0][0] != self.first_config.steps:
-            self.rebuild_trainers(self.checkpoint)
-        version = next(self.versions)
-        self.on_trainers("restore", version)
-        self.on_engines("wake_up", "weights")
-        self.connect()
-        self.push(version)
-        self.on_engines("wake_up", "kv_cache")
-        if self.check_replicas() != self.digests:
-            raise RuntimeError("the weights are not those of the checkpoint any more")
-        self.require_elements(self.digests, "after a test")
+        self.config = self.first_config
+        self.tell(self.first_report)
+        self.armed = ""
+        self.control = ""
+        self.stale_after = None
+        self.checkpoint = self.first_checkpoint
+        if not self.as_saved():
+            self.disconnect(self.engines)
+            self.restart_trainers()
+            if not self.as_saved():
+                raise RuntimeError("the weights are not those of the checkpoint any more")
+        self.connected = False
+        self.push()
+        self.elements()
+
+    def as_saved(self) -> bool:
+        """Whether the trainers have the checkpoint's weights, once they took them from their optimizers."""
+        try:
+            steps, metrics = self.restore()
+        except Stop:
+            return False
+        return (steps, metrics["weights"]) == (self.first_config.steps, self.weights)
+
+    def elements(self) -> int:
+        """How many elements of the engine's parameters are the trainers'. Raises Stop if any is not."""
+        found = rc.compare_elements(self.config, self)
+        self.report.verified(0, found)
+        return found["placement"]["checked"]
+
+    def answers(self) -> list[dict]:
+        """Greedy ones, to the proof's prompts."""
+        return rc.every_engine_answers(self.config, self, self.task)
 
 
 layout: Shared | None = None  # in the layout's own process
@@ -94,13 +114,14 @@ ending = contextlib.ExitStack()
 
 def _start(arguments: list[str]) -> dict:
     global layout
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT)])
-    scratch = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="live-")))
-    config, log, report = rc.Config.from_args(arguments), rc.Log(), {"pushes": []}
-    layout = Shared(*rc.preflight(config, log, report, scratch), log)
-    ending.callback(layout.close)
-    layout.start(report)
-    return report | {"listening": layout.listening}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    config = rc.Config.from_args(arguments)
+    report = Report(config, arguments)
+    folder = ending.enter_context(cluster.temporary_folder())
+    config, model = preflight(config, report, folder)
+    layout = ending.enter_context(Shared(config, model, report, folder))
+    layout.run(rc.Task(config, model, rc.PROMPTS, rc.reward))
+    return report.data
 
 
 class NotHealed(Exception):

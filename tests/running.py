@@ -75,7 +75,8 @@ class Run:
         interrupt: Callable[[int], None] = lambda pid: os.kill(pid, signal.SIGINT),
         seconds: float = 600,
     ):
-        output, errors = tmp_path / "report.json", tmp_path / "stderr.txt"
+        output = tmp_path / "report.json"
+        errors = tmp_path / "stderr.txt"
         command = [sys.executable, str(script), "--output-json", str(output), *arguments]
         traces = Traces()
         env = os.environ | {"PYTHONPATH": str(ROOT)} | traces.env
@@ -91,7 +92,9 @@ class Run:
                     interrupt_at = ""
                     interrupt(process.pid)
         alarm.cancel()
-        self.code, self.stdout, self.stderr = process.returncode, "".join(lines), errors.read_text()
+        self.code = process.returncode
+        self.stdout = "".join(lines)
+        self.stderr = errors.read_text()
         self.last_line = (self.stdout.strip().splitlines() or [""])[-1]
         self.report = json.loads(output.read_text()) if output.exists() else {}
         require_nothing_left(traces)

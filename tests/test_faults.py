@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 from running import deadline, eventually
 
 import rlhf_colocate as rc
 from benchmarks.soak import slope
 from colocate.config import USAGE, Stop, stage_timeouts
-from colocate.fleet import Watch, remove
+from colocate.fleet import Fleet
+from colocate.report import Report
+from colocate.watch import Watch, remove
 from rlhf_utils import ColocateWorkerExtension, HandleError, NotHandled, call_workers
 
 
@@ -41,17 +43,30 @@ def sleeper():
 
 
 def test_the_watch_tells_who_is_stopped_and_who_has_ended(sleeper):
-    watch, part = Watch(), ("engine", 0)
-    watch.add([(part, "engine 0 rank 1", sleeper.pid, "GPU-x"), (part, "engine 0 rank 2", os.getppid(), "GPU-y")])
+    watch = Watch()
+    watch.add([("engine 0", "engine 0 rank 1", sleeper.pid, "GPU-x")])
+    watch.add([("engine 0", "engine 0 rank 2", os.getppid(), "GPU-y")])
     assert not watch.ended()
     sleeper.send_signal(signal.SIGSTOP)
     stopped = f"engine 0 rank 1 (pid {sleeper.pid} on GPU-x) is stopped"
-    assert eventually(lambda: watch.describe({part}) == stopped) and not watch.ended()
+    assert eventually(lambda: watch.describe({"engine 0"}) == stopped) and not watch.ended()
+    assert watch.troubled({"engine 0"}) == {"engine 0"}
     sleeper.kill()
-    assert eventually(lambda: watch.ended() == {part})
-    assert watch.describe({part}) == stopped.replace("is stopped", "has ended")
-    watch.drop(part)
-    assert not watch.ended() and watch.describe({part}) == "engine 0"
+    assert eventually(lambda: watch.ended() == {"engine 0"})
+    assert watch.describe({"engine 0"}) == stopped.replace("is stopped", "has ended")
+    watch.drop("engine 0")
+    assert not watch.ended() and watch.describe({"engine 0"}) == "engine 0"
+
+
+def test_the_watch_knows_a_rank_from_the_engines_own_process(sleeper):
+    fleet = Fleet(Report(rc.Config(), []), {}, 600)
+    fleet.note(["trainer 0"], [{"pid": sleeper.pid, "gpu": "GPU-x"}])
+    fleet.note(["engine 0"], [[{"pid": sleeper.pid, "gpu": "GPU-x", "tp_rank": 1, "engine_pid": os.getpid()}]])
+    assert [(m.name, m.role, m.pid, m.gpu) for m in fleet.watch.members] == [
+        ("trainer 0", "trainer 0", sleeper.pid, "GPU-x"),
+        ("engine 0", "engine 0", os.getpid(), ""),
+        ("engine 0", "engine 0 rank 1", sleeper.pid, "GPU-x"),
+    ]
 
 
 def test_only_what_a_run_has_made_is_removed_from_dev_shm():
@@ -70,7 +85,7 @@ def test_only_what_a_run_has_made_is_removed_from_dev_shm():
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen([sys.executable, "-c", child, *files], **pipes) as process:
             assert process.stdout.readline() == "3\n"
-            assert watch.shared_memory_files(process.pid) == {after.name}
+            assert watch.files_of(process.pid) == {after.name}
             process.communicate("\n", timeout=deadline(30))
         remove({after.name, "was-never-there"})
         assert before.exists() and folder.exists() and not after.exists()
@@ -81,96 +96,123 @@ def test_only_what_a_run_has_made_is_removed_from_dev_shm():
 
 
 class Rank(ColocateWorkerExtension):
-    def __init__(self, error: Exception | None):
+    def __init__(self, error: Exception | None, version: int = 8):
         self.error = error
+        self.version = version
 
     def push_weights(self, version: int) -> dict:
         if self.error:
             raise self.error
-        return {"version": version}
+        return {"version": self.version}
 
     def record_weights(self) -> None:
-        self.push_weights(7)
+        self.push_weights(0)
 
 
-class Workers:
-    """What vLLM does with a collective_rpc, with ranks that fail."""
+class Engine:
+    """What vLLM does with a collective_rpc: it calls one rank after the other, and stops at the first exception."""
 
-    def __init__(self, *errors):
-        self.errors = errors
+    def __init__(self, *ranks: Rank, prefix_cache_resets: bool = True):
+        self.ranks = ranks
+        self.prefix_cache_resets = prefix_cache_resets
 
-    def collective_rpc(self, method, args):
-        return [getattr(Rank(error), method)(*args) for error in self.errors]
+    def collective_rpc(self, method: str, args: tuple) -> list:
+        return [getattr(rank, method)(*args) for rank in self.ranks]
+
+    def reset_prefix_cache(self) -> bool:
+        return self.prefix_cache_resets
+
+
+def with_errors(*errors: Exception | None) -> Engine:
+    return Engine(*map(Rank, errors))
 
 
 def test_the_errors_of_all_ranks_reach_the_caller():
-    assert call_workers(Workers(None, None), "push_weights", 3) == [{"version": 3}] * 2
+    assert call_workers(with_errors(None, None), "push_weights", 3) == [{"version": 8}] * 2
     with pytest.raises(HandleError, match=r"^rank 1: stale$"):
-        call_workers(Workers(None, HandleError("stale")), "push_weights", 3)
+        call_workers(with_errors(None, HandleError("stale")), "push_weights", 3)
     with pytest.raises(HandleError, match=r"^rank 0 and 1: stale$"):
-        call_workers(Workers(HandleError("stale"), HandleError("stale")), "push_weights", 3)
+        call_workers(with_errors(HandleError("stale"), HandleError("stale")), "push_weights", 3)
     with pytest.raises(RuntimeError, match=r"^rank 0: KeyError: 'x'; rank 1: stale$"):
-        call_workers(Workers(KeyError("x"), HandleError("stale")), "push_weights", 3)
+        call_workers(with_errors(KeyError("x"), HandleError("stale")), "push_weights", 3)
     with pytest.raises(NotHandled, match=r"^rank 0 and 1: odd$"):
-        call_workers(Workers(NotHandled("odd"), NotHandled("odd")), "push_weights", 3)
+        call_workers(with_errors(NotHandled("odd"), NotHandled("odd")), "push_weights", 3)
     with pytest.raises(HandleError, match=r"^rank 0: odd; rank 1: stale$") as caught:
-        call_workers(Workers(NotHandled("odd"), HandleError("stale")), "push_weights", 3)
+        call_workers(with_errors(NotHandled("odd"), HandleError("stale")), "push_weights", 3)
     assert caught.type is HandleError
 
 
 def test_a_function_is_called_with_the_worker():
-    assert call_workers(Workers(None, None), "builtins:repr") == [mock.ANY] * 2
-    assert call_workers(Workers(None, None), "builtins:isinstance", Rank) == [True, True]
+    assert call_workers(with_errors(None, None), "builtins:repr") == [mock.ANY] * 2
+    assert call_workers(with_errors(None, None), "builtins:isinstance", Rank) == [True, True]
     with pytest.raises(RuntimeError, match=r"rank 0: ModuleNotFoundError: .*nowhere"):
-        call_workers(Workers(None), "nowhere:function")
+        call_workers(with_errors(None), "nowhere:function")
 
 
-def engine(workers: Workers) -> rc.MyLLM:
+@pytest.fixture
+def without_vllm(monkeypatch):
+    """Importing it takes ten seconds."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=None))
+
+
+def actor(engine: Engine, version: int | None = 7, asleep: tuple[str, ...] = ()) -> rc.MyLLM:
     made = rc.MyLLM.__new__(rc.MyLLM)
-    made.llm, made.version, made.asleep = workers, 7, set()
+    made.llm = engine
+    made.version = version
+    made.asleep = {*asleep}
     return made
 
 
-def test_a_failed_push_poisons_the_engine_and_a_failed_look_does_not():
-    healthy = engine(Workers(None))
-    healthy._require_whole_weights()
-    healthy.collective_rpc("builtins:repr")
-    assert healthy.weights_version() == 7
-    broken = engine(Workers(None, HandleError("stale")))
-    with pytest.raises(HandleError):
-        broken.collective_rpc("record_weights")
-    assert broken.weights_version() == 7
-    with pytest.raises(HandleError):
-        broken.collective_rpc("push_weights", 8)
-    assert broken.weights_version() is None
-    with pytest.raises(RuntimeError, match="no whole push in it"):
-        broken.generate([[1, 2]], 1)
-    with pytest.raises(RuntimeError, match="no whole push in it"):
-        broken.rollout([[1, 2]], 2, 1, [0])
+def test_a_whole_push_is_a_version():
+    healthy = actor(Engine(Rank(None), Rank(None)))
+    pushed = healthy.push("push_weights", 8, 8)
+    assert [w["version"] for w in pushed["workers"]] == [8, 8] and pushed["reset_ms"] >= 0
+    assert healthy.version == 8
 
 
-def test_weights_that_moved_are_refused_before_they_get_a_version():
-    """Engines have their memory mapped: a push would bring in what was there before."""
-    trainer = rc.RayTrainingActor.__new__(rc.RayTrainingActor)
-    trainer.model = torch.nn.Linear(2, 2)
-    trainer.device = torch.device("cpu")
-    trainer.version = torch.tensor(1)
-    trainer.addresses = [p.data_ptr() for p in trainer.model.parameters()]
-    with trainer._weights_change(2):
-        trainer.model.weight.data.add_(1)
-    assert int(trainer.version) == 2
-    with pytest.raises(RuntimeError, match="moved"), trainer._weights_change(3):
-        trainer.model.weight.data = trainer.model.weight.data + 1
-    assert int(trainer.version) == -1
+@pytest.mark.parametrize(
+    "engine, says",
+    [
+        (with_errors(None, HandleError("stale")), "^rank 1: stale$"),
+        (Engine(Rank(None), Rank(None, version=6)), r"version \[6\], not 8"),
+        (Engine(Rank(None), prefix_cache_resets=False), "prefix cache was not reset"),
+    ],
+)
+def test_an_engine_without_a_whole_push_does_not_generate(without_vllm, engine, says):
+    broken = actor(engine)
+    with pytest.raises((HandleError, RuntimeError), match=says):
+        broken.push("push_weights", 8, 8)
+    for version in (7, 8):
+        with pytest.raises(RuntimeError, match="the engine is at version None"):
+            broken.generate([[1, 2]], version, None)
+
+
+def test_a_failed_look_does_no_harm():
+    looked_at = actor(with_errors(None, HandleError("stale")))
+    with pytest.raises(HandleError):
+        looked_at.collective_rpc("record_weights")
+    assert looked_at.version == 7
+
+
+def test_an_engine_generates_at_one_version_only(without_vllm):
+    with pytest.raises(RuntimeError, match=r"the engine is at version 7; .* at version 8 to generate"):
+        actor(Engine()).generate([[1, 2]], 8, None)
+    with pytest.raises(RuntimeError, match=r"the engine is asleep \(kv_cache\)"):
+        actor(Engine(), asleep=("kv_cache",)).generate([[1, 2]], 7, None)
 
 
 def test_a_push_to_sleeping_weights_is_refused():
-    asleep = engine(Workers(None))
-    asleep.asleep = {"weights", "kv_cache"}
-    with pytest.raises(RuntimeError, match="needed wake_up"):
-        asleep.collective_rpc("push_weights", 8)
+    asleep = actor(Engine(Rank(None)), asleep=("weights", "kv_cache"))
+    with pytest.raises(RuntimeError, match="wake_up"):
+        asleep.push("push_weights", 8, 8)
     asleep.asleep = {"kv_cache"}
-    assert asleep.collective_rpc("push_weights", 8)
+    assert asleep.push("push_weights", 8, 8)
+
+
+def test_the_kv_cache_wakes_up_after_the_push():
+    asleep = actor(Engine(), version=None, asleep=("kv_cache",))
+    with pytest.raises(RuntimeError, match="after the push"):
+        asleep.wake_up("kv_cache")
 
 
 def test_slope():

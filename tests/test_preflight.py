@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from running import deadline
 
-import rlhf_colocate as rc
-from colocate import cluster
+from colocate import checkpoint, checks, cluster
 from colocate import config as cc
 from colocate import preflight as rp
-from colocate.config import MISSING, USAGE, Config, Stop
+from colocate.config import MISSING, USAGE, Config, Lost, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,8 +44,6 @@ def test_help_names_every_flag_and_imports_nothing_heavy():
         (["--num-gpus", "0"], "--num-gpus 0 must be at least 1"),
         (["--trainer-gpu-share", "0.7"], "add up to 1.1"),
         (["--gpu-memory-utilization", "1.5"], "must be less than 1"),
-        (["--num-gpus", "1", "--tensor-parallel-size", "1", "--inject", "wrong-tp-slice"], "--tensor-parallel-size 2"),
-        (["--num-gpus", "1", "--tensor-parallel-size", "1", "--inject", "drift-replica"], "--num-gpus 2"),
         (["--output-json", "/no/such/folder/report.json"], "mkdir -p /no/such/folder"),
     ],
 )
@@ -291,25 +288,38 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk):
     torch = pytest.importorskip("torch")
     (small_disk / "saved").mkdir()
     (small_disk / "saved/trainer_state.pt").write_text("whole")
-
-    class Layout(rc.Colocation):
-        trainers = (None,)
-
-        def __init__(self):
-            pass
-
-        def ask(self, actors, method, folder):
-            try:
-                torch.save(torch.zeros(2**20), Path(folder) / "trainer_state.pt")
-            except RuntimeError as error:
-                raise Stop(f"training actor 0 (save): {error}") from None
-
-    with pytest.raises(Stop, match=f"the disk of {small_disk} is full") as stop:
-        Layout().save(small_disk / "saved")
+    full = pytest.raises(Stop, match=f"the disk of {small_disk} is full")
+    with full as stop, checkpoint.replacing(small_disk / "saved", []) as new:
+        try:
+            torch.save(torch.zeros(2**20), new / "trainer_state.pt")
+        except RuntimeError as error:
+            raise Stop(f"trainer 0 (save): {error}") from None
     assert "The checkpoint from before is whole" in str(stop.value)
     assert "unexpected pos" not in str(stop.value)
     assert [f.name for f in small_disk.iterdir()] == ["saved"]
     assert (small_disk / "saved/trainer_state.pt").read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [Lost({"trainer 0"}, "lost trainer 0", "checkpoint"), KeyboardInterrupt()])
+def test_a_checkpoint_from_before_stays_when_the_next_is_not_finished(error, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/state").write_text("whole")
+    with pytest.raises(type(error)) as caught, checkpoint.replacing(tmp_path / "saved", []) as new:
+        (new / "state").write_text("half")
+        raise error
+    assert caught.value is error, "a loss is not the disk's fault"
+    assert [f.name for f in tmp_path.iterdir()] == ["saved"]
+    assert (tmp_path / "saved/state").read_text() == "whole"
+
+
+def test_a_checkpoint_is_replaced_with_the_files_beside_it(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for content in ("first", "second"):
+        with checkpoint.replacing(tmp_path / "saved", [tmp_path / "tokenizer.json"]) as new:
+            (new / "state").write_text(content)
+    saved = {f.name: f.read_text() for f in (tmp_path / "saved").iterdir()}
+    assert saved == {"state": "second", "tokenizer.json": "{}"}
+    assert {f.name for f in tmp_path.iterdir()} == {"saved", "tokenizer.json"}
 
 
 @pytest.fixture
@@ -395,8 +405,8 @@ def test_an_environment_that_cannot_work_is_one_line_and_exit_code_3(name, value
 def test_a_full_temporary_folder_is_refused(small_disk, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setattr(cluster, "SOCKET_PATH_BYTES", 1000)  # pytest's own folders are long
-    with refused(MISSING, "64 are needed"):
-        cluster.make_temporary_folder()
+    with refused(MISSING, "64 are needed"), cluster.temporary_folder():
+        pass
     assert not any(small_disk.iterdir())
 
 
@@ -416,8 +426,8 @@ def test_too_little_memory_is_refused(monkeypatch):
         cluster.check_environment(processes=12)
 
 
-def trainer(gpu: str, torch: str = "2.13.0+cpu") -> dict:
-    return {"gpu": gpu, "pid": 1, "torch": torch}
+def trainer(gpu: str, torch: str = "2.13.0+cpu") -> list[dict]:
+    return [{"gpu": gpu, "pid": 1, "torch": torch}]
 
 
 def worker(gpu: str, rank: int) -> dict:
@@ -426,62 +436,65 @@ def worker(gpu: str, rank: int) -> dict:
 
 def test_placement_is_a_bijection():
     engines = [[worker("b", 0), worker("a", 1)], [worker("c", 0), worker("d", 1)]]  # rank order is not bundle order
-    rows = rc.match_placement([trainer(g) for g in "abcd"], engines)
+    rows = cluster.match_placement([trainer(g) for g in "abcd"], engines)
     assert [(r["bundle"], r["gpu"], r["engine"], r["tp_rank"]) for r in rows] == [
         *((0, "a", 0, 1), (1, "b", 0, 0)),
         *((2, "c", 1, 0), (3, "d", 1, 1)),
     ]
     with pytest.raises(Stop, match="both have a worker on a"):
-        rc.match_placement([trainer("a")], [[worker("a", 0)], [worker("a", 0)]])
+        cluster.match_placement([trainer("a")], [[worker("a", 0)], [worker("a", 0)]])
     with pytest.raises(Stop, match="trainer 1 is on a"):
-        rc.match_placement([trainer("a"), trainer("a")], [[worker("a", 0), worker("b", 1)]])
+        cluster.match_placement([trainer("a"), trainer("a")], [[worker("a", 0), worker("b", 1)]])
     with pytest.raises(Stop, match="worker on b, where there is no trainer"):
-        rc.match_placement([trainer("a")], [[worker("a", 0), worker("b", 1)]])
-    with pytest.raises(Stop, match="needed one version"):
-        rc.match_placement([trainer("a", "2.12.0")], [[worker("a", 0)]])
+        cluster.match_placement([trainer("a")], [[worker("a", 0), worker("b", 1)]])
+    with pytest.raises(Stop, match="install one of them in both"):
+        cluster.match_placement([trainer("a", "2.12.0")], [[worker("a", 0)]])
 
 
-def engines_in(state: str) -> rc.Colocation:
-    colocation = rc.Colocation.__new__(rc.Colocation)
-    colocation.state = state
-    return colocation
+def test_checks_fail_when_they_must():
+    same = {"a": "1", "b": "2"}
+    assert checks.require_equal([same, same]) == same
+    for other in ({"a": "1", "b": "3"}, {"a": "1"}):
+        with pytest.raises(Stop, match=r"^replicas: .*push refused: b$"):
+            checks.require_equal([same, other])
+
+    assert checks.changed([True, True])["ok"]
+    assert not checks.changed([False, False])["ok"], "a list of False is truthy, and must not pass"
+    assert not checks.changed([])["ok"]
+
+    def result(wrong, checked=5):
+        return {"gpu": "g", "tp_rank": 0, "transport": {"checked": checked, "wrong": wrong}}
+
+    assert checks.combine([result([]), result([])], "transport")["ok"]
+    assert not checks.combine([result([]), result(["w"])], "transport")["ok"]
+    assert not checks.combine([result([]), result([], checked=0)], "transport")["ok"], "nothing checked"
 
 
-def test_a_step_of_the_loop_goes_through_all_states():
-    colocation = engines_in("ready")
-    for action in ("generate", "sleep", "wake weights", "push", "wake kv_cache", "generate"):
-        with colocation.transition(action):
-            pass
-    assert colocation.state == "ready"
+def sample(logprob: float, prompt_tokens: int, last: float | None = None) -> dict:
+    """With one new token, whose log-probability is `last` if it differs."""
+    found = {"prompt": [1] * prompt_tokens, "tokens": [1], "prompt_logprobs": [logprob] * (prompt_tokens - 1)}
+    return found | {"logprobs": [logprob if last is None else last]}
 
 
 @pytest.mark.parametrize(
-    "state, action",
+    ("old", "new", "trainers", "ok"),
     [
-        ("asleep", "push"),
-        ("asleep", "generate"),
-        ("asleep", "wake kv_cache"),
-        ("asleep", "sleep"),
-        ("weights awake", "generate"),
-        ("weights awake", "wake kv_cache"),
-        ("weights pushed", "generate"),
-        ("ready", "wake weights"),
+        (-5.0, -2.00, -2.01, True),
+        (-5.0, -2.00, -2.90, False),  # the engine has other weights than the trainer
+        (-2.0, -2.00, -2.01, False),  # nothing has moved
     ],
 )
-def test_out_of_order_is_an_error_and_changes_nothing(state, action):
-    colocation = engines_in(state)
-    message = f"found the engines {state}, which allows .*; was asked for {action}"
-    with pytest.raises(RuntimeError, match=message), colocation.transition(action):
-        pytest.fail("it went ahead")
-    assert colocation.state == state
+def test_behaviour(old, new, trainers, ok):
+    found = checks.behaviour([sample(old, 4)], [sample(new, 4)], [[trainers] * 4], tolerance=0.06)
+    assert found["ok"] is ok and found["checked"] == 4
 
 
-def test_after_a_failure_the_engines_do_nothing_more():
-    colocation = engines_in("weights awake")
-    with pytest.raises(ValueError), colocation.transition("push"):
-        raise ValueError("half-way")
-    with pytest.raises(RuntimeError, match="broken: push failed"), colocation.transition("wake kv_cache"):
-        pass
+@pytest.mark.parametrize("bad", [-3.0, float("nan")])
+def test_behaviour_fails_for_a_single_bad_token(bad):
+    before = [sample(-5.0, 100)]
+    trainers = [[-2.0] * 100]
+    assert checks.behaviour(before, [sample(-2.0, 100)], trainers, tolerance=0.06)["ok"]
+    assert not checks.behaviour(before, [sample(-2.0, 100, last=bad)], trainers, tolerance=0.06)["ok"]
 
 
 @pytest.mark.parametrize(

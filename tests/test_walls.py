@@ -1,0 +1,254 @@
+"""Precautions that look like clutter until the day they are needed: each test fails without one. No Ray, no vLLM.
+
+Others of the kind: all ranks are heard before an error is raised (test_faults.py); the version is read before and after
+the copies (test_handles.py); what engines have mapped when trainers are replaced (test_live.py); one trainer that fails
+is heard while the others wait for it (test_live.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import rlhf_colocate as rc
+from colocate import cluster, fleet
+from colocate.config import Config, Lost, Stop
+from colocate.report import Report
+
+SAMPLES = [{"prompt": [1], "tokens": [2, 3], "reward": 0.5}]
+METRICS = {"loss": 0.1, "grad_norm": 1.0, "logprob_gap": 0.0, "weights": "0123456789abcdef"}
+
+
+@pytest.fixture
+def ctrl_c():
+    """Send this process SIGINT, and let it be handled."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def send() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # the handler runs between two instructions of Python
+
+    yield send
+    signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts wait until Ray is gone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_a_start_that_failed_is_cleared_away(monkeypatch, ctrl_c):
+    ray = cluster.Cluster(Config(), Path(), rehearsal=True)
+    stopped = []
+
+    def hold_ray(options: dict) -> None:
+        ray.error = RuntimeError("no room")
+        ray.started.set()
+
+    def stop() -> None:
+        ctrl_c()
+        stopped.append(True)
+
+    monkeypatch.setattr(cluster, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(ray, "options", lambda env: {})
+    monkeypatch.setattr(ray, "_hold_ray", hold_ray)
+    monkeypatch.setattr(ray, "stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ray.start({}, (time.monotonic() + 60, 60, "--timeout "))
+    assert stopped
+
+
+def test_ctrl_c_while_the_layout_is_closed(ctrl_c):
+    stopped = []
+
+    def close(names: list[str], method: str) -> None:
+        ctrl_c()
+
+    colocation = bare(rc.Colocation, engines=["engine 0"], report=Report(Config(), []))
+    colocation.fleet = SimpleNamespace(close=close, watch=SimpleNamespace(all_files=set))
+    colocation.cluster = SimpleNamespace(running=lambda: True, stop=stopped.append)
+    with pytest.raises(KeyboardInterrupt):
+        colocation.__exit__(None, None, None)
+    assert stopped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines have the weights mapped
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bare(kind: type, **attributes):
+    """An object of this class that was not initialized, but has these attributes."""
+    made = kind.__new__(kind)
+    made.__dict__.update(attributes)
+    return made
+
+
+@pytest.fixture
+def trainer() -> rc.RayTrainingActor:
+    torch = pytest.importorskip("torch")
+    made = bare(rc.RayTrainingActor, device=torch.device("cpu"), model=torch.nn.Linear(2, 2))
+    made.version = torch.zeros((), dtype=torch.int64)
+    return made
+
+
+def test_the_version_says_that_weights_are_changing(trainer):
+    with trainer.changing_weights(7):
+        assert int(trainer.version) == -1
+        trainer.model.weight.data += 1
+    assert int(trainer.version) == 7
+
+
+def test_weights_that_are_not_changed_in_place_are_refused(trainer):
+    with pytest.raises(RuntimeError, match="Change them in place"), trainer.changing_weights(7):
+        trainer.model.weight.data = trainer.model.weight.data + 1
+    assert int(trainer.version) == -1, "no engine may take them"
+
+
+def test_weights_of_a_step_that_failed_are_no_version(trainer):
+    with pytest.raises(OSError), trainer.changing_weights(7):
+        raise OSError
+    assert int(trainer.version) == -1
+
+
+def recovering(lost: set[str], broken: set[str]) -> list[str]:
+    """What a recovery does, in order. broken: engines whose disconnect raises."""
+    done = []
+    watched = {*lost}
+
+    def ask(names: list[str], method: str, *args, **_):
+        assert not watched, "every answer would be taken for their loss"
+        done.append(f"{args[0] if method == 'collective_rpc' else method} {', '.join(names)}")
+        if "disconnect" in done[-1] and broken & {*names}:
+            raise Stop("CUDA error: an illegal memory access was encountered")
+        return [{"steps": 3}]
+
+    def end(names: set[str]) -> None:
+        watched.difference_update(names)
+        done.append(f"end {', '.join(sorted(names))}")
+
+    colocation = bare(rc.Colocation, config=Config(), folder=Path(), report=Report(Config(), []))
+    colocation.report.data["losses"] = [{}]
+    colocation.trainers = ["trainer 0", "trainer 1"]
+    colocation.engines = ["engine 0", "engine 1"]
+    colocation.fleet = SimpleNamespace(
+        stage=lambda name: nullcontext(),
+        find_all_lost=lambda loss: loss.names,
+        ask=ask,
+        end=end,
+    )
+    colocation.save = lambda folder, by: done.append(f"save {by}")
+    colocation.start = lambda names: done.append(f"start {', '.join(names)}")
+    colocation.restore = lambda: (3, {})
+    colocation.recover(Lost(lost, "lost", "rollout"))
+    return done
+
+
+def test_engines_disconnect_and_sleep_before_new_trainers_load():
+    done = recovering({"trainer 1"}, set())
+    start = done.index("start trainer 0, trainer 1")
+    for engine in ("engine 0", "engine 1"):
+        assert done.index(f"disconnect_weights {engine}") < done.index(f"sleep {engine}") < start
+    assert done.index("end trainer 1") < done.index("save trainer 0") < done.index("end trainer 0") < start
+
+
+def test_an_engine_that_cannot_disconnect_is_replaced_too(monkeypatch):
+    monkeypatch.setattr(rc, "check_shared_memory", lambda *_: None)
+    done = recovering({"trainer 1"}, {"engine 1"})
+    assert "start engine 1, trainer 0, trainer 1" in done and "sleep engine 1" not in done
+
+
+def test_engines_stay_connected_when_an_engine_is_lost(monkeypatch):
+    monkeypatch.setattr(rc, "check_shared_memory", lambda *_: None)
+    done = recovering({"engine 1"}, set())
+    assert done == ["end engine 1", "start engine 1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers depend on one another
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lost, during, seconds",
+    [
+        ("trainer 1", "train", fleet.PING_S),  # the others may be in an all-reduce that never ends
+        ("trainer 1", "rollout", 600),
+        ("engine 0", "train", 600),  # the trainers are just busy, and have all that was learned
+    ],
+)
+def test_how_long_a_busy_trainer_is_waited_for(lost, during, seconds):
+    patience = []
+
+    def ping(names: set[str], waits: float) -> tuple[set[str], set[str]]:
+        if "trainer 0" not in names:
+            return set(), set()
+        patience.append(waits)
+        return set(), {"trainer 0"}
+
+    report = Report(Config(), [])
+    layout = fleet.Fleet(report, {}, 600)
+    layout.actors = dict.fromkeys(["trainer 0", "trainer 1", "engine 0"])
+    layout._ping = ping
+    with layout.stage("recover"):
+        gone = layout.find_all_lost(Lost({lost}, "lost", during))
+    assert gone == {lost, "trainer 0"}
+    assert patience == [1, pytest.approx(seconds, abs=5)]
+
+
+def step(report: Report, number: int) -> None:
+    report.step_seconds |= dict.fromkeys(("rollout", "sleep", "train"), 1.0)
+    report.push_ms = 1.0
+    report.sampled(number, SAMPLES, str, [0.0, 0.0])
+
+
+def in_loop(steps: int = 3) -> Report:
+    """A report of a run of so many steps, of which the first is done and the second is being trained."""
+    report = Report(Config(steps=steps), [])
+    report.loop(0, steps)
+    step(report, 1)
+    report.step(3, METRICS)
+    step(report, 2)
+    report.lost(Lost({"trainer 1"}, "lost trainer 1", "train"))
+    return report
+
+
+def test_a_step_whose_metrics_were_lost_with_a_trainer_is_complete():
+    """It was done: the trainers' state, which `restore` returns, says so."""
+    report = in_loop()
+    report.goes_on(2, 5, METRICS | {"loss": 0.7})
+    assert [(row["step"], row["version"], row["loss"]) for row in report.data["steps"]] == [(1, 3, 0.1), (2, 5, 0.7)]
+    assert report.data["steps"][1]["tokens"] == 2
+
+
+@pytest.mark.parametrize("done", [1, 0])
+def test_steps_that_the_trainers_have_not_done_are_done_again(done):
+    report = in_loop()
+    report.goes_on(done, 5, METRICS)
+    assert [row["step"] for row in report.data["steps"]] == [1][:done]
+
+
+def test_a_loss_after_the_last_step_leaves_all_rows():
+    report = in_loop(steps=2)
+    report.step(4, METRICS)
+    report.goes_on(2, 5, METRICS)
+    assert [(row["step"], row["version"]) for row in report.data["steps"]] == [(1, 3), (2, 4)]
+
+
+def test_a_loss_too_many_ends_the_run():
+    report = in_loop()
+    with pytest.raises(Stop, match=r"^lost engine 0; 1 of --max-restarts 1 are used up.*: --max-restarts 2$"):
+        report.lost(Lost({"engine 0"}, "lost engine 0", "push"))
+
+
+def test_without_restarts_the_first_loss_ends_the_run():
+    report = Report(Config(max_restarts=0), [])
+    report.loop(0, 3)
+    with pytest.raises(Stop, match=r"^lost engine 0; --max-restarts is 0.*: --max-restarts 1$"):
+        report.lost(Lost({"engine 0"}, "lost engine 0", "push"))
