@@ -83,7 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(options.shape, Path(folder))
-        bare_s, colocated_s = [], []
+        bare_s = []
+        colocated_s = []
         result: dict = {}
         for i in range(options.rounds + 1):
             report = colocated(model, options.num_gpus, options.tensor_parallel_size)

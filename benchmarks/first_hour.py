@@ -34,7 +34,8 @@ def cpu_name() -> str:
 
 def timed(clone: Path, target: str) -> tuple[float, str]:
     """(seconds, output) of `make TARGET`, which is shown as it comes. Ends the script if it fails."""
-    start, lines = time.perf_counter(), []
+    start = time.perf_counter()
+    lines = []
     command = ["make", "-C", str(clone), target]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **options) as process:

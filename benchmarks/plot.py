@@ -1,7 +1,7 @@
 """Draw the README's figures from the reports in results/: `python benchmarks/plot.py [OUT_DIR]`. Needs matplotlib.
 
-push.svg   one push by method, a group of bars per shape, on a logarithmic scale; the dashed line is the floor: a no-op
-           through vLLM's collective_rpc plus a device copy of the largest shard
+push.svg   one push by method, a group of bars per shape, on a logarithmic scale; the dashed line is the floor: a
+           push of nothing plus a device copy of the largest shard
 loop.svg   the reward of the default rehearsal, five seeds; and where the time of a step goes on a GPU
 """
 
@@ -32,10 +32,11 @@ PHASES |= {"wake KV": "#ebcb8b"}
 def draw_pushes():
     shapes = tables.bench_shapes()
     figure, axis = plt.subplots(figsize=(8, 0.4 + 1.25 * len(shapes)), layout="constrained")
-    top, labels = 0.0, []
+    top = 0.0
+    labels = []
     for (hardware, shape), rows in shapes.items():
         recorded = rows["recorded"]
-        floor = recorded["noop_rpc_ms"] + recorded["device_copy_ms"]
+        floor = tables.noop_ms(recorded) + recorded["device_copy_ms"]
         drawn = [m for m in COLOURS if m in rows]
         for i, method in enumerate(drawn):
             ms = rows[method]["wall_ms_p50"]
@@ -48,7 +49,7 @@ def draw_pushes():
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(1, 4 * axis.get_xlim()[1])
-    axis.set_xlabel("one push, wall time in ms (median of 30), logarithmic; dashed: no-op RPC + device copy")
+    axis.set_xlabel("one push, wall time in ms (median of 30), logarithmic; dashed: no-op + device copy")
     return figure
 
 

@@ -1,8 +1,8 @@
 """The other ways to push, and what the benchmark measures inside the actors (see bench_weight_push.py).
 
-`PeerColocation.push_by(method, step)` takes, beside our two ways,
+`PeerColocation.push_by(method)` takes, beside our two ways,
     bucket        one flat buffer of 512 MB with a single handle: the trainer fills it, the engine loads it with vLLM's
-                  loaders, and so on until all weights are through (the usual way of RL frameworks)
+                  loaders, and so on until all weights are through (as slime, verl and others do it)
     vllm          vLLM's own IPC weight transfer, unpacked: start_weight_update, update_weights, finish_weight_update
     vllm-packed   the same, packed into one buffer of 1 GiB
 """
@@ -16,7 +16,7 @@ import time
 
 import rlhf_colocate as rc
 import rlhf_utils
-from colocate import verify
+from colocate import cluster
 
 BUCKET_BYTES = 512 * 2**20
 PACKED_BYTES = 2**30  # vLLM's default
@@ -31,63 +31,83 @@ def milliseconds(call, repeats: int) -> list[float]:
     return times
 
 
-class PeerTrainer(rc.RayTrainingActor):
-    def join(self, rank: int, world: int, port: int) -> None:
-        """vLLM's transfer merges the trainers' handles over their process group. Imported here, not in a push."""
-        import torch
+# ---------------------------------------------------------------------------------------------------------------------
+# In a trainer: for `fleet.ask(trainers, function, ...)`
+# ---------------------------------------------------------------------------------------------------------------------
 
-        if torch.version.cuda:
-            import vllm.distributed.weight_transfer.ipc_engine  # noqa: F401
-        if world > 1:
-            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
-    def send_by_vllm(self, engines: list, packed: bool) -> None:
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
+def join_peers(trainer, rank: int, world: int, port: int) -> None:
+    """vLLM's transfer merges the trainers' handles over their process group. Imported here, not in a push."""
+    import torch
 
-        weights = list(rlhf_utils.checkpoint_tensors(self.model))
-        args = IPCTrainerSendWeightsArgs("ray", engines, packed=packed, packed_buffer_size_bytes=PACKED_BYTES)
-        IPCWeightTransferEngine.trainer_send_weights(iter(weights), args)
+    if torch.version.cuda:
+        import vllm.distributed.weight_transfer.ipc_engine  # noqa: F401
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
-    def weight_bytes(self) -> int:
-        return sum(t.nbytes for _, t in rlhf_utils.checkpoint_tensors(self.model))
 
-    def bucket_count(self) -> int:
-        """Share the weights out to buckets, in order, and allocate one that the largest of them fits into."""
-        import torch
+def send_by_vllm(trainer, engines: list, packed: bool) -> None:
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 
-        self.buckets: list[list] = [[]]
-        filled = largest = 0
-        for name, tensor in rlhf_utils.checkpoint_tensors(self.model):
-            nbytes = -(-tensor.nbytes // 16) * 16
-            if filled and filled + nbytes > BUCKET_BYTES:
-                self.buckets.append([])
-                filled = 0
-            self.buckets[-1].append((name, tensor, filled))
-            filled += nbytes
-            largest = max(largest, filled)
-        self.bucket = torch.empty(largest, dtype=torch.uint8, device=self.device)
-        if self.device.type == "cpu":
-            rlhf_utils.share_memory([self.bucket])
-        return len(self.buckets)
+    args = IPCTrainerSendWeightsArgs("ray", engines, packed=packed, packed_buffer_size_bytes=PACKED_BYTES)
+    IPCWeightTransferEngine.trainer_send_weights(iter(list(trainer.weights.items())), args)
 
-    def fill_bucket(self, i: int) -> dict[str, dict]:
-        """Copy the i-th share of the weights into the bucket. Returns {gpu: handles}: views of one storage."""
-        views = []
-        for name, tensor, start in self.buckets[i]:
-            view = self.bucket[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            views.append((name, view.copy_(tensor)))
-        return {rlhf_utils.device_uuid(self.device): rlhf_utils.export_handles(views)}
 
-    def fill(self, value: float, step: int) -> None:
-        """Give every element of every weight one value: whoever reads meanwhile sees two."""
-        import torch
+def weight_bytes(trainer) -> int:
+    return sum(t.nbytes for t in trainer.weights.values())
 
-        self.version.fill_(-1)
-        for p in self.model.parameters():
+
+def make_buckets(trainer) -> int:
+    """Share the weights out to buckets, in order, and allocate one that the largest of them fits into.
+
+    Returns how many buckets there are.
+    """
+    import torch
+
+    trainer.buckets = [[]]
+    filled = 0
+    largest = 0
+    for name, tensor in trainer.weights.items():
+        nbytes = -(-tensor.nbytes // 16) * 16
+        if filled and filled + nbytes > BUCKET_BYTES:
+            trainer.buckets.append([])
+            filled = 0
+        trainer.buckets[-1].append((name, tensor, filled))
+        filled += nbytes
+        largest = max(largest, filled)
+    trainer.bucket = torch.empty(largest, dtype=torch.uint8, device=trainer.device)
+    if trainer.device.type == "cpu":
+        rlhf_utils.share_memory([trainer.bucket])
+    return len(trainer.buckets)
+
+
+def fill_bucket(trainer, i: int) -> dict[str, dict]:
+    """Copy the i-th share of the weights into the bucket. Returns {gpu: handles}: views of one storage."""
+    views = []
+    for name, tensor, start in trainer.buckets[i]:
+        view = trainer.bucket[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        views.append((name, view.copy_(tensor)))
+    return {rlhf_utils.device_uuid(trainer.device): rlhf_utils.export_handles(views)}
+
+
+def fill(trainer, value: float, version: int) -> None:
+    """Give every element of every weight one value: a reader that comes too late, or too early, sees two."""
+    with trainer.changing_weights(version):
+        for p in trainer.model.parameters():
             p.data.fill_(value)
-        self.version.fill_(step)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In an engine: for `fleet.ask(engines, function, ...)`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_weight_update(engine) -> None:
+    engine.llm.start_weight_update()
+
+
+def finish_weight_update(engine) -> None:
+    engine.llm.finish_weight_update()
 
 
 class PeerLLM(rc.MyLLM):
@@ -101,113 +121,133 @@ class PeerLLM(rc.MyLLM):
             self.llm.init_weight_transfer_engine({"init_info": {}})
         return workers
 
-    def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
-
     def update_weights(self, request: dict) -> None:
+        """vLLM's `trainer_send_weights` calls a method of this name."""
         self.llm.update_weights(request)
 
-    def finish_weight_update(self) -> None:
-        self.llm.finish_weight_update()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a worker: for `on_workers("push_peers:function", ...)`
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-class PeerWorkerExtension(rlhf_utils.ColocateWorkerExtension):
-    def noop(self) -> None:
-        pass
+def noop(worker) -> None:
+    pass
 
-    def push_weights(self, version: int) -> dict:
-        """As it is, with the moments at which it begins and ends: CLOCK_MONOTONIC, the same for all processes."""
-        began = time.perf_counter()
-        return super().push_weights(version) | {"began": began, "ended": time.perf_counter()}
 
-    def needs_reload(self) -> bool:
-        return verify.expected_layout(self.get_model(), []).needs_reload
+def push_nothing(worker, version: int) -> dict:
+    """What a push replies, without one."""
+    return {"version": version, "bytes": 0}
 
-    def compare(self, messages: dict) -> tuple[int, dict[str, int]]:
-        """(elements compared, {parameter: wrong elements})."""
-        with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(self.device)], self.device) as weights:
-            model = self.get_model()
-            return verify.compare_elements(model, verify.expected_layout(model, weights), weights)
 
-    def load_bucket(self, messages: dict) -> None:
-        with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(self.device)], self.device) as weights:
-            self.get_model().load_weights(weights.items())
+def load_bucket(worker, messages: dict) -> None:
+    message = messages[rlhf_utils.device_uuid(worker.device)]
+    with rlhf_utils.open_handles(message, worker.device) as weights:
+        worker.get_model().load_weights(weights.items())
 
-    def torn(self, value: float) -> int:
-        """How many of the recorded copies' targets hold anything else than this value."""
-        import torch
 
-        return int(torch.stack([(dst != value).any() for dst, _ in self._plan.copies]).sum())
+def torn(worker, value: float) -> int:
+    """How many of the recorded copies' targets hold anything else than this value."""
+    import torch
 
-    def device_copy_ms(self, repeats: int) -> float:
-        """Median time of a plain copy of up to 1 GiB, scaled to this worker's weights."""
-        import torch
+    return int(torch.stack([(dst != value).any() for dst, _ in worker._plan.copies]).sum())
 
-        shard = sum(p.nbytes for p in self.get_model().parameters())
-        size = min(shard, 2**30)
-        a = torch.empty(size, dtype=torch.uint8, device=self.device)
-        b = torch.empty_like(a)
-        median = self._median_ms(functools.partial(b.copy_, a), repeats)
-        del a, b
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return median * shard / size
 
-    def replay_ms(self, repeats: int) -> float:
-        """Median time of the recorded copies alone."""
-        plan = self._plan
-        return self._median_ms(plan.graph.replay if plan.graph else lambda: plan._copy(plan.copies), repeats)
+def device_copy_ms(worker, repeats: int) -> float:
+    """Median time of a plain copy of up to 1 GiB, scaled to this worker's weights."""
+    import torch
 
-    def _median_ms(self, call, repeats: int) -> float:
-        """On the GPU between two events, on CPU of the call."""
-        import torch
+    shard = sum(p.nbytes for p in worker.get_model().parameters())
+    size = min(shard, 2**30)
+    a = torch.empty(size, dtype=torch.uint8, device=worker.device)
+    b = torch.empty_like(a)
+    median = median_ms(worker.device, functools.partial(b.copy_, a), repeats)
+    del a, b
+    if worker.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return median * shard / size
 
-        if self.device.type == "cpu":
-            return statistics.median(milliseconds(call, repeats))
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
+
+def replay_ms(worker, repeats: int) -> float:
+    """Median time of the recorded copies alone."""
+    plan = worker._plan
+    return median_ms(worker.device, plan.graph.replay if plan.graph else lambda: plan._copy(plan.copies), repeats)
+
+
+def median_ms(device, call, repeats: int) -> float:
+    """On the GPU between two events, on CPU of the call."""
+    import torch
+
+    if device.type == "cpu":
+        return statistics.median(milliseconds(call, repeats))
+    times = []
+    for _ in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layout
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class PeerColocation(rc.Colocation):
-    training_actor = PeerTrainer
-    engine_actor = PeerLLM
-    worker_extension = "push_peers.PeerWorkerExtension"
+    engine_class = PeerLLM
 
-    def methods(self) -> list[str]:
-        """Those that can run here. Straight load_weights needs parameters as loaded, vLLM's transfer needs CUDA.
+    def prepare(self) -> list[str]:
+        """Connect, and make ready what the peers need. Returns the methods that can run here.
 
-        Packed only into one chunk: with more, vLLM 0.26 opens one export several times, torch's count of references
-        never comes back to zero, and every push leaves its buffer behind (Llama-3.1-8B: 16 GB after some 15 pushes).
+        A bucket goes straight through load_weights, which needs parameters as they were loaded; vLLM's transfer needs
+        CUDA. Packed only into one chunk: with more, vLLM 0.26 opens one export several times, torch's count of
+        references never comes back to zero, and every push leaves its buffer behind (Llama-3.1-8B: 16 GB after some 15
+        pushes).
         """
-        straight = not any(self.on_workers("needs_reload"))
-        one_chunk = max(self.on_trainers("weight_bytes")) <= PACKED_BYTES
-        vllm = [] if self.rehearsal else ["vllm", *["vllm-packed"] * one_chunk]
-        return ["simple", "recorded", *["bucket"] * straight, *vllm]
+        ask = self.fleet.ask
+        n = len(self.trainers)
+        port = cluster.free_port()
+        ask(self.trainers, join_peers, each=[(rank, n, port) for rank in range(n)])
+        self.bucket_count = ask(self.trainers, make_buckets)[0]
+        used = max(self.on_workers("gpu_used_bytes"))
+        self.connect()
+        self.extra_gpu_bytes = max(self.on_workers("gpu_used_bytes")) - used
+        methods = ["simple", "recorded"]
+        if not any(w["loaders"] for w in self.report.data["connect"]["workers"]):
+            methods.append("bucket")
+        if not self.model.rehearsal:
+            methods.append("vllm")
+            if max(ask(self.trainers, weight_bytes)) <= PACKED_BYTES:
+                methods.append("vllm-packed")
+        return methods
 
-    def prepare(self) -> None:
-        self.bucket_count = self.on_trainers("bucket_count")[0]
-        port = rc.free_port()
-        self.ask(self.trainers, "join", each=[(i, len(self.trainers), port) for i in range(len(self.trainers))])
+    def push_by(self, method: str) -> dict:
+        """Push; returns {"wall_ms", ...}, what `Colocation.push` returns for our own ways.
 
-    def push_by(self, method: str, step: int) -> dict:
-        """Push; returns {"wall_ms", ...}, what `Colocation.push` returns for our own ways."""
+        wall_ms without the reset of the prefix cache, which the others leave to their callers.
+        """
         if method in ("simple", "recorded"):
             self.config = dataclasses.replace(self.config, push=method)
-            return self.push(step)
+            push = self.push()
+            return push | {"wall_ms": push["wall_ms"] - push["reset_ms"]}
+        ask = self.fleet.ask
         start = time.perf_counter()
         if method == "bucket":
             for i in range(self.bucket_count):
-                handles = {gpu: m for one in self.on_trainers("fill_bucket", i) for gpu, m in one.items()}
-                self.on_workers("load_bucket", handles)
-        elif method in ("vllm", "vllm-packed"):
-            self.on_engines("start_weight_update")
-            self.on_trainers("send_by_vllm", self.engines, method == "vllm-packed")
-            self.on_engines("finish_weight_update")
+                handles = {gpu: m for one in ask(self.trainers, fill_bucket, i) for gpu, m in one.items()}
+                self.on_workers("push_peers:load_bucket", handles)
+        else:
+            ask(self.engines, start_weight_update)
+            ask(self.trainers, send_by_vllm, [self.fleet.actors[e] for e in self.engines], method == "vllm-packed")
+            ask(self.engines, finish_weight_update)
         return {"wall_ms": 1e3 * (time.perf_counter() - start)}
+
+    def push_nothing_ms(self) -> float:
+        """A push's message to all engines and their workers, and back, without a push: milliseconds."""
+        start = time.perf_counter()
+        replies = self.fleet.ask(self.engines, "push", "push_peers:push_nothing", self.version, self.version)
+        return 1e3 * (time.perf_counter() - start) - max(reply["reset_ms"] for reply in replies)

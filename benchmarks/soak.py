@@ -20,10 +20,8 @@ import contextlib
 import json
 import math
 import os
-import signal
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,9 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rlhf_colocate as rc  # noqa: E402
-from colocate.config import INTERRUPTED  # noqa: E402
+from colocate import checks, cluster  # noqa: E402
+from colocate.config import Config  # noqa: E402
+from colocate.preflight import preflight  # noqa: E402
+from colocate.report import Report, print_table  # noqa: E402
+from colocate.tasks import Task  # noqa: E402
 
-BATCHES, T_975 = 10, 2.306  # t-distribution, 8 degrees of freedom
+BATCHES = 10
+T_975 = 2.306  # t-distribution, 8 degrees of freedom
 
 
 class Sampled(rc.Colocation):
@@ -42,16 +45,19 @@ class Sampled(rc.Colocation):
     def begin(self, count: int) -> None:
         """Forget the samples, and make room for this many: what keeps them must not grow."""
         self.samples: dict[str, array.array] = {}
-        self.count, self.taken = count, 0
+        self.count = count
+        self.taken = 0
 
     def held(self) -> dict[str, float]:
         """{what: how much now}."""
         import psutil
 
         found: dict[str, float] = {}
-        driver = [("driver", psutil.Process())]
-        parts = [("worker" if "rank" in m.role else m.part[0], m.process) for m in self.watch.members]
-        for kind, process in driver + parts:
+        processes = [("driver", psutil.Process())]
+        for member in self.fleet.watch.members:
+            kind = "worker" if "rank" in member.role else member.name.split()[0]
+            processes.append((kind, member.process))
+        for kind, process in processes:
             with process.oneshot():
                 numbers = (process.memory_info().rss, process.num_fds(), process.num_threads())
             for unit, number in zip(("resident bytes", "file descriptors", "threads"), numbers, strict=True):
@@ -61,9 +67,10 @@ class Sampled(rc.Colocation):
 
     def shared_memory_bytes(self) -> int:
         """Of all files in /dev/shm that the layout's processes have, or had, mapped: other programs use it, too."""
-        self.watch.note_files()
+        watch = self.fleet.watch
+        watch.note_files()
         total = 0
-        for name in set().union(*self.watch.files.values()):
+        for name in set().union(*watch.files.values()):
             with contextlib.suppress(FileNotFoundError):
                 total += 512 * os.stat(f"/dev/shm/{name}").st_blocks
         return total
@@ -73,8 +80,8 @@ class Sampled(rc.Colocation):
             self.samples.setdefault(name, array.array("d", [0.0]) * self.count)[self.taken] = number
         self.taken += 1
 
-    def push(self, version: int) -> dict:
-        push = super().push(version)
+    def push(self) -> dict:
+        push = super().push()
         self.sample()
         return push
 
@@ -97,66 +104,64 @@ def slope(values: list[float]) -> dict:
     return found | {"means": [round(m) for m in means], "last": values[-1]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pushes", type=int, default=200, help="pushes in a row, before the loop (default: 200)")
-    parser.add_argument("--loop-steps", type=int, default=20, help="steps of the RLHF loop (default: 20)")
-    parser.add_argument("--output", required=True, help="write the slopes to this JSON file")
-    args, flags = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does
-    if args.pushes - args.pushes // 10 < BATCHES or args.loop_steps < BATCHES:
-        needed = f"{BATCHES + 1} pushes and {BATCHES} steps, or more, for a slope"
-        parser.error(f"found --pushes {args.pushes} --loop-steps {args.loop_steps}; needed {needed}")
-    config = rc.Config.from_args([*flags, "--steps", str(args.loop_steps), "--max-restarts", "0"])
-    log, report, colocation, done = rc.Log(), {"pushes": []}, None, {}
+def soak(config: Config, colocation: Sampled, task: Task, report: Report, pushes: int) -> dict[str, dict]:
+    """{"calls", "pushes", "steps": {"count", "seconds", "slopes"}}."""
+    done = {}
 
     @contextlib.contextmanager
     def soaked(kind: str, count: int, samples: int):
         """Sample what is done within, and add it to what is done."""
-        log("soak", f"{count} {kind}")
+        report("soak", f"{count} {kind}")
         colocation.begin(samples)
         start = time.perf_counter()
         yield
         done[kind] = {"count": count, "seconds": time.perf_counter() - start, "slopes": colocation.slopes()}
 
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
-        try:
-            colocation = Sampled(*rc.preflight(config, log, report, Path(scratch)), log)
-            colocation.start_ray()
-            colocation.start_actors()
-            trainers = colocation.on_trainers("report_device_id")
-            colocation.build_learners()
-            colocation.start_engines(trainers)
-            colocation.connect()
-            with soaked("calls", args.pushes, args.pushes):
-                for _ in range(args.pushes):
-                    colocation.on_workers("check_health")
-                    colocation.sample()
-            with soaked("pushes", args.pushes, args.pushes):
-                for i in range(args.pushes):
-                    # Above all versions of the loop, which begin at 2: none may be given out twice.
-                    colocation.on_trainers("perturb", 1_000_000 + i)
-                    colocation.push(1_000_000 + i)
-            with soaked("steps", args.loop_steps, args.loop_steps + 1):  # the loop begins with a push
-                rc.learn(config, log, report, colocation, done=0)
-        except rc.Stop as stop:
-            print(f"soak.py: error: {stop}", file=sys.stderr)
-            return stop.code
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        finally:
-            if colocation:
-                colocation.close()
-    report = {k: report[k] for k in ("versions", "hardware")} | {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python benchmarks/soak.py", *(Path(a).name for a in sys.argv[1:])]),
-        "layout": {"trainers": config.num_gpus, "engines": config.num_engines, "tp": config.tensor_parallel_size},
-    }
-    Path(args.output).write_text(json.dumps(report | done, indent=1) + "\n")
-    for kind in done:
-        found = done[kind]["slopes"].items()
-        rows = [[what, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"] for what, s in found]
-        rc.print_table([kind, "slope", "95 % from", "to", "at the end"], rows)
+    with soaked("calls", pushes, pushes):
+        for _ in range(pushes):
+            colocation.on_workers("check_health")
+            colocation.sample()
+    with soaked("pushes", pushes, pushes):
+        for _ in range(pushes):
+            colocation.change_weights(checks.perturb)
+            colocation.push()
+    before = rc.every_engine_answers(config, colocation, task)
+    with soaked("steps", config.steps, config.steps + 1):  # the loop begins with a push, and ends with one
+        rc.learn(config, colocation, task, report, 0, before)
+    return done
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--pushes", type=int, default=200, help="pushes in a row, before the loop (default: 200)")
+    parser.add_argument("--loop-steps", type=int, default=20, help="steps of the RLHF loop (default: 20)")
+    parser.add_argument("--output", required=True, help="write the slopes to this JSON file")
+    args, flags = parser.parse_known_args()
+    if args.pushes - args.pushes // 10 < BATCHES or args.loop_steps < BATCHES:
+        counts = f"--pushes {args.pushes} --loop-steps {args.loop_steps}"
+        parser.error(f"{counts} are too few for a slope. Try: --pushes {BATCHES + 1} --loop-steps {BATCHES}, or more")
+    config = Config.from_args([*flags, "--steps", str(args.loop_steps), "--max-restarts", "0"])
+    report = Report(config)
+    with report.verdict(), cluster.temporary_folder("soak-") as folder:
+        config, model = preflight(config, report, folder)
+        task = Task(config, model, rc.PROMPTS, rc.reward)
+        with Sampled(config, model, report, folder) as colocation:
+            with colocation.fleet.stage("start"):
+                colocation.start_ray()
+                colocation.start([*colocation.trainers, *colocation.engines])
+            done = soak(config, colocation, task, report, args.pushes)
+    if report.exit_code:
+        return report.exit_code
+    result = {name: report.data[name] for name in ("versions", "hardware", "date")}
+    result["command"] = " ".join(["python benchmarks/soak.py", *(Path(a).name for a in sys.argv[1:])])
+    result["layout"] = {"trainers": config.num_gpus, "engines": config.num_engines, "tp": config.tensor_parallel_size}
+    Path(args.output).write_text(json.dumps(result | done, indent=1) + "\n")
+    for kind, one in done.items():
+        rows = []
+        for what, s in one["slopes"].items():
+            rows.append([what, *(f"{s[n]:.3g}" for n in ("slope", "low", "high")), f"{s['last']:.0f}"])
+        print_table([kind, "slope", "95 % from", "to", "at the end"], rows)
     return 0
 
 

@@ -31,8 +31,9 @@ def versions(report: dict) -> str:
 
 
 def layout(counts: dict) -> str:
-    """counts: a report's configuration, or whatever else has these two of it."""
-    n, tp = counts["num_gpus"], counts["tensor_parallel_size"]
+    """counts: a report's configuration, or another dict that has these two of it."""
+    n = counts["num_gpus"]
+    tp = counts["tensor_parallel_size"]
     return f"{n} trainer{'s' * (n > 1)}, {n // tp} × TP={tp}"
 
 
@@ -44,7 +45,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def runs() -> str:
     rows = []
     for name, r in load("run-*.json").items():
-        fault = f", `--inject {r['config']['inject']}`" if r["config"]["inject"] else ""
+        inject = r["config"].get("inject")  # the flag that older versions had; now it is a drill
+        fault = f", broken on purpose (`{inject}`)" if inject else ""
         push = r["pushes"][0]
         verify = r["verify"]
         rows.append(
@@ -71,7 +73,8 @@ def loops() -> str:
     for name, r in load("loop-*.json").items():
         if not r.get("steps"):  # the one that ran out of memory
             continue
-        config, steps = r["config"], r["steps"]
+        config = r["config"]
+        steps = r["steps"]
         handover = statistics.median(sum(s["seconds"].get(p, 0) for p in HANDOVER) for s in steps)
         whole = statistics.median(sum(s["seconds"].values()) for s in steps)
         memory = steps[-1]["gpu_used_gib"]
@@ -122,15 +125,25 @@ def bench_shapes() -> dict[tuple[str, str], dict[str, dict]]:
     return dict(sorted(shapes.items(), key=lambda item: item[1]["recorded"]["shard_bytes"]))
 
 
+def noop_ms(row: dict) -> float:
+    """A push of nothing; in older reports a collective_rpc that does nothing."""
+    return row.get("noop_push_ms", row["noop_rpc_ms"])
+
+
 def pushes() -> str:
     rows = []
     for (where, shape), methods in bench_shapes().items():
         recorded = methods["recorded"]
         walls = [f"{methods[m]['wall_ms_p50']:.1f}" if m in methods else "–" for m in METHODS]
-        floors = [recorded[k] for k in ("noop_rpc_ms", "copy_ms_p50", "device_copy_ms")]
+        floors = [noop_ms(recorded), recorded["copy_ms_p50"], recorded["device_copy_ms"]]
         rows.append([where, shape, *walls, *(f"{ms:.2f}" for ms in floors)])
     header = ["milliseconds", "shape", *METHODS.values(), "no-op", "its copies", "device copy"]
     return table(header, rows)
+
+
+def renamed(text: str) -> str:
+    """In today's words: older reports say "training actor"."""
+    return text.replace("training actor", "trainer")
 
 
 def drills() -> str:
@@ -139,7 +152,7 @@ def drills() -> str:
     rows: dict[str, list[str]] = {}
     for r in sorted(reports.values(), key=lambda r: r["date"], reverse=True):  # in the words of the newest
         for row in r["rows"]:
-            rows.setdefault(row["drill"], [f"`{row['drill']}`", row["fault"], row["expected"]])
+            rows.setdefault(row["drill"], [f"`{row['drill']}`", *map(renamed, (row["fault"], row["expected"]))])
     for r in reports.values():
         seen = {row["drill"]: row for row in r["rows"]}
         for name, cells in rows.items():
@@ -156,15 +169,17 @@ KINDS = {"calls": "empty call", "pushes": "push", "steps": "step"}  # of soak.py
 
 def soaks() -> str:
     """What grows, with its confidence interval."""
-    reports, columns = load("soak-*.json"), []
+    reports = load("soak-*.json")
+    columns = []
     for r in reports.values():
         for kind in (k for k in KINDS if k in r):
             column = {}
             for name, s in r[kind]["slopes"].items():
                 unit = 1024 if "bytes" in name else 1
-                numbers = [f"{s[n] / unit:.2g}" for n in ("slope", "low", "high")]
+                mean, low, high = (f"{s[n] / unit:.2g}" for n in ("slope", "low", "high"))
                 none = s["slope"] == s["low"] == s["high"] == 0
-                column[name.replace("bytes", "KiB")] = "0" if none else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+                what = renamed(name).replace("bytes", "KiB")
+                column[what] = "0" if none else f"{mean} ({low} to {high})"
             columns.append(column)
     names = dict.fromkeys(name for column in columns for name in column)
     found = [(f"[{hardware(r)}](../results/{n}.json)", k) for n, r in reports.items() for k in KINDS if k in r]
@@ -206,7 +221,8 @@ def tested() -> str:
 def numbers() -> str:
     """The README's four figures."""
     pushed = next(m for (_, shape), m in bench_shapes().items() if shape.startswith("Qwen2.5-7B"))
-    wall, theirs = (pushed[m]["wall_ms_p50"] for m in ("recorded", "vllm"))
+    wall = pushed["recorded"]["wall_ms_p50"]
+    theirs = pushed["vllm"]["wall_ms_p50"]
     loop = load("loop-1xh100-qwen2.5-0.5b.json")["loop-1xh100-qwen2.5-0.5b"]["steps"]
     handover = statistics.median(sum(s["seconds"].get(p, 0) for p in HANDOVER) for s in loop)
     whole = statistics.median(sum(s["seconds"].values()) for s in loop)

@@ -26,6 +26,7 @@ def test_push_benchmark(tmp_path):
     for row in rows.values():
         assert row["verified"] and row["elements_verified"] > 0
         assert row["wall_ms_p95"] >= row["wall_ms_p50"] > 0
+    assert rows["recorded"]["noop_push_ms"] > 0
     assert rows["recorded"]["shard_bytes"] > 0 and rows["recorded"]["soak_pushes"] == 20
 
 
