@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.drills import DRILLS, FAULTS
 from colocate.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,29 @@ def test_every_flag_and_file_exists(page):
         assert set(re.findall(r"--[\w-]+", command.split("#")[0])) <= flags, command
     for path in re.findall(r"`((?:benchmarks|tests|results|examples|docs|colocate)/[\w.\-]+)", text):
         assert (ROOT / path).exists(), path
+
+
+@each_page
+def test_what_is_gone_is_not_mentioned(page):
+    for word in ("--inject", "rlhf_faults", "rlhf_report", "rlhf_grpo", "TRANSITIONS", "training actor"):
+        assert word not in page.read_text(), word
+
+
+def test_the_file_tree_names_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## The files")[2]
+    files = {path.name for path in (ROOT / "colocate").glob("*.py")} - {"__init__.py", "check_python.py"}
+    assert set(re.findall(r"\w+\.py", tree)) == files | {"rlhf_colocate.py", "rlhf_utils.py"}
+
+
+@each_page
+def test_every_drill_that_a_page_names_exists(page):
+    assert set(re.findall(r"benchmarks/drills\.py ([a-z-]+)", page.read_text())) <= set(DRILLS)
+
+
+def test_the_table_of_checks_has_every_negative_control():
+    rows = [line for line in (ROOT / "docs/checks.md").read_text().splitlines() if line.startswith("| ")]
+    controls = {name for row in rows for name in re.findall("`([a-z-]+)`", row.split("|")[-2])}
+    assert controls == set(FAULTS)
 
 
 def test_the_readme_is_short():
