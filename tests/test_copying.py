@@ -179,7 +179,7 @@ group = placement_group([{"GPU": 1}] * 2)
 shares = {"trainer_gpu_share": 0.4, "engine_gpu_share": 0.4}
 config = types.SimpleNamespace(tensor_parallel_size=2, dtype="float32", seed=0, **shares)
 model = types.SimpleNamespace(folder="model", load_format="dummy")
-mine = types.SimpleNamespace(config=config, model=model, group=group, state=None, engine_class=Engine)
+mine = types.SimpleNamespace(config=config, model=model, group=group, checkpoint=None, engine_class=Engine)
 mine.trainer_class = Trainer
 trainers = [new_actor(mine, f"trainer {i}") for i in (0, 1)]
 engine = new_actor(mine, "engine 0")
