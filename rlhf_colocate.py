@@ -199,12 +199,17 @@ class MyLLM:
         self.version = version
         return {"workers": workers, "reset_ms": 1e3 * (time.perf_counter() - start)}
 
-    def sleep(self, level: int) -> None:
-        """Give GPU memory up. Level 1: weights go to the host, the KV cache is dropped; 2: both are dropped."""
+    def sleep(self, level: int) -> tuple[int, int]:
+        """Give GPU memory up. Level 1: weights go to the host, the KV cache is dropped; 2: both are dropped.
+
+        Returns bytes in use on the fullest of its GPUs, by all processes, before and after.
+        """
+        before = max(self.collective_rpc("gpu_used_bytes"))
         if level and not self.asleep:
             self.version = None
             self.asleep = {"weights", "kv_cache"}
             self.llm.sleep(level=level)
+        return before, max(self.collective_rpc("gpu_used_bytes"))
 
     def wake_up(self, tag: str) -> None:
         """ "weights", then a push, then "kv_cache". Nothing to do for an engine that is awake."""
@@ -269,6 +274,7 @@ class Colocation:
         self.engines = [f"engine {e}" for e in range(config.num_engines)]
         self.versions = itertools.count(1)  # of the weights: none is given out twice
         self.version = 0
+        self.digests: dict[str, str] = {}  # of the trainers' weights at this version, since they were first changed
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
         if config.trace:
@@ -426,10 +432,8 @@ class Colocation:
 
     def sleep(self) -> list[float]:
         """Let the engines give up their memory. Returns GiB in use on the fullest GPU, by all, before and after."""
-        used = [max(self.on_workers("gpu_used_bytes"))]
-        self.fleet.ask(self.engines, "sleep", self.config.sleep_level)
-        used.append(max(self.on_workers("gpu_used_bytes")))
-        return [u / 2**30 for u in used]
+        used = self.fleet.ask(self.engines, "sleep", self.config.sleep_level)
+        return [max(of_engines) / 2**30 for of_engines in zip(*used, strict=True)]
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
@@ -452,7 +456,7 @@ class Colocation:
 
         self.version = next(self.versions)
         states = self.fleet.ask(self.trainers, method, version=self.version, **asked)
-        checks.require_equal([state["digests"] for state in states])
+        self.digests = checks.require_equal([state["digests"] for state in states])
         return states[0]
 
     def save(self, folder: Path, by: str = "trainer 0") -> None:
@@ -538,8 +542,8 @@ def prove_push(config: Config, colocation: Colocation, task: Task, report: Repor
         before = every_engine_answers(config, colocation, task)
         colocation.on_workers("record_weights")
     with stage("perturb"):
-        digests = colocation.change_weights(checks.perturb)["digests"]
-        report.replicas_equal(len(digests), len(colocation.trainers))
+        colocation.change_weights(checks.perturb)
+        report.replicas_equal(len(colocation.digests), len(colocation.trainers))
     colocation.push()
     with stage("verify"):
         for name, check in compare_elements(config, colocation).items():
@@ -564,8 +568,7 @@ def compare_elements(config: Config, colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
     from colocate import checks
 
-    digests = checks.require_equal(colocation.fleet.ask(colocation.trainers, checks.weight_digests))
-    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), digests)
+    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
     colocation.fleet.watch.note_files()  # by now all have mapped what they share
     return {kind: checks.combine(found, kind, config.strict) for kind in ("transport", "placement")}
 

@@ -526,7 +526,7 @@ class Drilled(rc.Colocation):
             fill(FILLER)
 
     def restart_trainers(self) -> None:
-        """Start all trainers again from `state`, and leave the engines connected to the old ones."""
+        """Start all trainers again from `checkpoint`, and leave the engines connected to the old ones."""
         self.fleet.end({*self.trainers})
         self.start(self.trainers)
         self.connected = True
