@@ -5,6 +5,7 @@ Each fact is said once, by the method that is named after it: it prints the line
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -31,7 +32,8 @@ class Report:
         self.exit_code = PASS
         self.failure: BaseException | None = None  # the first that ended the run
         self.stages_s: dict[str, float] = {}
-        self.spans: list[tuple[str, float, float]] = []  # for --trace: (name, seconds since the epoch, seconds)
+        # For --trace, the last of a long run: (name, seconds since the epoch, seconds).
+        self.spans: collections.deque[tuple[str, float, float]] = collections.deque(maxlen=10_000)
         self.terminal = sys.stdout.isatty()
         self.colour = self.terminal and "NO_COLOR" not in os.environ
         self.bar = ""  # of the loop, in the status line
@@ -91,8 +93,7 @@ class Report:
             took = time.perf_counter() - start
             self.stages_s[name] = round(self.stages_s.get(name, 0) + took, 3)
             self.step_seconds[name] = self.step_seconds.get(name, 0) + took
-            if self.config.trace:
-                self.spans.append((name, begun, took))
+            self.spans.append((name, begun, took))
 
     # --- the start
 
@@ -104,7 +105,7 @@ class Report:
         self.data["config"] = settings | {k: Path(v).name for k, v in paths.items()}
 
     def placement(self, rows: list[dict]) -> None:
-        """Of the first start; those that replace what was lost are named by `replaced`."""
+        """Rows of `cluster.match_placement`. The first start's are told; a recovery lands on the same GPUs."""
         if self.data["placement"]:
             return
         self.data["placement"] = rows
@@ -128,7 +129,7 @@ class Report:
     def pushed(self, push: dict) -> None:
         """push: as `Colocation.push` returns it."""
         self.push_ms = push["wall_ms"]
-        if self.rollout is None and len(self.data["pushes"]) < 2:  # before the loop
+        if len(self.data["pushes"]) < 2:  # the proof's
             self.data["pushes"].append(push)
             size = f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers"
             self("push", f"version {push['version']}: {size} in {push['wall_ms']:.1f} ms")
@@ -157,8 +158,8 @@ class Report:
         pairs = list(zip(before[::n], after[::n], strict=True))[:2]
         self.data["samples"] = [{"old": text(old["tokens"]), "new": text(new["tokens"])} for old, new in pairs]
         for sample in self.data["samples"]:
-            self("rollout", f"old weights {shorten(sample['old'])}")
-            self("rollout", f"new weights {shorten(sample['new'])}")
+            self("rollout", f"old weights {shorten(repr(sample['old']))}")
+            self("rollout", f"new weights {shorten(repr(sample['new']))}")
 
     # --- the loop
 
@@ -220,8 +221,8 @@ class Report:
         if losses := self.data["losses"]:
             self("lost", f"{len(losses)} of --max-restarts {self.config.max_restarts} were needed")
         for sample in self.data["learned"][:2]:
-            self("rollout", f"before {shorten(sample['before'])}")
-            self("rollout", f"after  {shorten(sample['after'])}")
+            self("rollout", f"before {shorten(repr(sample['before']))}")
+            self("rollout", f"after  {shorten(repr(sample['after']))}")
 
     # --- losses
 
@@ -333,9 +334,8 @@ def summary(wrong) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def shorten(completion: str | list[int]) -> str:
-    """The first hundred characters of a completion, as Python writes it."""
-    text = repr(completion)
+def shorten(text: str) -> str:
+    """At most a hundred characters of it."""
     return text if len(text) <= 100 else text[:97] + "..."
 
 

@@ -18,6 +18,7 @@ from typing import SupportsFloat
 
 from colocate.config import LONGEST_PROMPT, USAGE, Config, Stop, refuse_unless
 from colocate.model_folder import Model
+from colocate.report import shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,5 +272,5 @@ def described(error: BaseException, file: str = "") -> str:
 
 def short(value: object) -> str:
     """In one line of at most 100 characters; strings in quotes."""
-    text = " ".join((str(value) if isinstance(value, BaseException) else repr(value)).split())
-    return text if len(text) <= 100 else text[:97] + "..."
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    return shorten(" ".join(text.split()))
