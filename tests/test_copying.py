@@ -192,13 +192,3 @@ print(len({*map(str, trainer_ids)}), ray.get(engine.where.remote()), ray.get(eng
 def test_an_actor_on_its_bundles_alone(folder):
     (folder / "bundles.py").write_text(source_of("Colocation.new_actor") + BUNDLES)
     assert run_alone(folder, "bundles.py") == "2 [[0, 1], 0.4, 1234, []] [2, 'CREATED']\n"
-
-
-@pytest.mark.e2e
-def test_the_push_alone(folder, smollm2):
-    shutil.copy(ROOT / "examples/minimal_push.py", folder)
-    output = run_alone(folder, "minimal_push.py", str(smollm2))
-    completions = re.findall(r"^version \d: (.*)$", output, re.MULTILINE)
-    assert len(completions) == len(set(completions)) == 3, output
-    (compared,) = re.findall(r"^(\d+) \w+ compared, wrong: none$", output, re.MULTILINE)
-    assert int(compared) > 0

@@ -44,7 +44,7 @@ def run(folder: Path, example: str, *arguments: str) -> str:
 def test_the_push_alone(tmp_path, smollm2):
     output = run(tmp_path, "minimal_push.py", str(smollm2))
     texts = re.findall(r"^version \d: (.*)$", output, re.MULTILINE)
-    assert "Paris" in texts[0] and len(set(texts)) == 3, texts
+    assert "Paris" in texts[0] and len(texts) == len(set(texts)) == 3, texts
     assert re.search(r"^\d\d+ parameters compared, wrong: none$", output, re.MULTILINE)
 
 
