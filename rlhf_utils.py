@@ -534,6 +534,10 @@ def _storage(t: torch.Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def _form(t: torch.Tensor) -> tuple:
+    return t.dtype, t.shape, t.stride()
+
+
 def _slice(view: torch.Tensor) -> Slice:
     return Slice(tuple(view.shape), view.stride(), view.storage_offset())
 
@@ -577,6 +581,8 @@ class _Target:
     def computed(self) -> bool:
         """Copies of slices do not bring it in."""
         if self.processed or self.made_anew or any(w.source is None for w in self.loads):
+            return True
+        if _form(self.as_loaded) != _form(self.tensor):  # processed by a layer that we don't know
             return True
         for i, w in enumerate(self.writes):  # transformed in place after it was loaded
             if not w.weights and any(
@@ -623,7 +629,7 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
 def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target], bool]:
     """({name: parameter or buffer, with what the loaders write into it}, whether they need vLLM's layerwise reload)."""
     modules = dict(model.named_modules())
-    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules.values()]
+    put_back = _tensors_of(modules.values())
     meta = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in weights.items()}
     recorder = _Recorder(meta)
     now = ""
@@ -653,19 +659,33 @@ def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target
         what = f"{now} {weights[now][0]}" if now else "any weight"
         raise NotHandled(f"vLLM's loaders do not take {what}: {type(error).__name__}: {error}"[:400]) from None
     finally:
+        put_back()
+    return targets, reload
+
+
+def _tensors_of(modules: Iterable[torch.nn.Module]) -> Callable[[], None]:
+    """A function that gives the modules the parameters and buffers back that they have now."""
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+
+    def put_back() -> None:
         for module, parameters, buffers in before:
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
-    return targets, reload
+
+    return put_back
 
 
 def _find_targets(modules: dict[str, torch.nn.Module], recorder: _Recorder) -> tuple[dict[str, _Target], bool]:
     """The model's parameters and buffers. If layers are processed after loading, all parameters are exchanged for what
     vLLM's loaders want to find."""
+    for prefix, module in modules.items():
+        sinks = getattr(getattr(module, "impl", None), "_sinks_source", None)
+        if sinks is not None and sinks.dtype != torch.float32:
+            raise NotHandled(f"FlashInfer keeps a float32 copy of the attention sinks of {prefix}, which a push misses")
     experts = {m for m in modules.values() if "w13_weight" in m._parameters}
-    derived = any(hasattr(m, "W_UV") for m in modules.values())  # MLA keeps matrices that it derives from its weights
+    derived = any(_keeps_derived_matrices(m) for m in modules.values())
     reload = bool(experts) or derived
     targets: dict[str, _Target] = {}
     by_storage: dict[int, _Target] = {}
@@ -718,6 +738,13 @@ def _as_loaded(module: torch.nn.Module, recorder: _Recorder) -> dict[str, torch.
             loader = loader.__wrapped__
         twin.weight_loader = recorder.mark(loader)
     return twins
+
+
+def _keeps_derived_matrices(module: torch.nn.Module) -> bool:
+    """Whether multi-head latent attention has copies of what it derives from kv_b_proj, where views of it would do."""
+    if not hasattr(module, "W_UV"):
+        return hasattr(getattr(module, "impl", None), "_w_uk_packed")  # for AMX
+    return _storage(module.W_UV) != _storage(module.kv_b_proj.weight)
 
 
 def _takes_weights_as_loaded(experts: torch.nn.Module) -> bool:
@@ -773,9 +800,9 @@ class CopyPlan:
     weights: {checkpoint name: mapped tensor}; version: the mapped VERSION word.
     """
 
-    def __init__(self, model, model_config, recording: Recording, weights: dict[str, torch.Tensor], version):
+    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, torch.Tensor], version):
         self.model = model
-        self.model_config = model_config
+        self.vllm_config = vllm_config
         self.recording = recording
         self.weights = weights
         self.version = version
@@ -799,7 +826,7 @@ class CopyPlan:
         loaders = self.recording.loaders
         if loaders:
             chosen = [(n, self.weights[n]) for n in loaders]
-            _load_weights(self.model, self.model_config, chosen, self.recording.reload)
+            _load_weights(self.model, self.vllm_config, chosen, self.recording.reload)
         seen = self.seen.tolist()  # waits for the copies
         if loaders:
             seen.append(int(self.version))
@@ -926,7 +953,7 @@ class ColocateWorkerExtension:
             opened = time.perf_counter()
             word = weights.pop(VERSION)
             version = int(word)
-            _load_weights(self.get_model(), self.model_config, weights.items(), recording.reload)
+            _load_weights(self.get_model(), self.vllm_config, weights.items(), recording.reload)
             nbytes = sum(w.nbytes for w in weights.values())
             count = len(weights)
             if version < 0 or int(word) != version:  # the loaders are done when this is read
@@ -955,7 +982,7 @@ class ColocateWorkerExtension:
             weights = mapping.enter_context(open_handles(messages[device_uuid(self.device)], self.device))
             opened = time.perf_counter()
             version = weights.pop(VERSION)
-            plan = CopyPlan(self.get_model(), self.model_config, recording, weights, version)
+            plan = CopyPlan(self.get_model(), self.vllm_config, recording, weights, version)
             self._plan = plan
             self._mapping = mapping.pop_all()
         bound = time.perf_counter()
@@ -1005,14 +1032,21 @@ class ColocateWorkerExtension:
 
     def _record(self, messages: dict) -> Recording:
         """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""
+        parallel = self.parallel_config
+        spread = {"pipeline_parallel_size": parallel.pipeline_parallel_size > 1}
+        spread |= {name: getattr(parallel, name) for name in ("enable_expert_parallel", "enable_eplb")}
+        if not_handled := [name for name, on in spread.items() if on]:
+            raise NotHandled(
+                f"the engine's {' and '.join(not_handled)} is not handled: workers have other weights then"
+            )
         weights = check_messages(messages, device_uuid(self.device))
         if self._recording is None or self._recording[0] != weights:
-            tp_size = self.parallel_config.tensor_parallel_size
-            self._recording = (weights, record_loaders(self.get_model(), self.model_config, weights, tp_size))
+            recording = record_loaders(self.get_model(), self.model_config, weights, parallel.tensor_parallel_size)
+            self._recording = (weights, recording)
         return self._recording[1]
 
 
-def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
+def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
 
     A layer whose parameters were repacked after loading (MoE kernels, the CPU backend) has lost the shapes that its
@@ -1022,19 +1056,33 @@ def _load_weights(model, model_config, weights: Iterable[tuple[str, torch.Tensor
     if not needs_reload:
         model.load_weights(weights)
         return
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+    modules = list(model.modules())
     on_cpu = next(model.parameters()).device.type == "cpu"
-    for method in (getattr(module, "quant_method", None) for module in model.modules()):
+    for method in (getattr(module, "quant_method", None) for module in modules):
         if on_cpu and hasattr(method, "moe_kernel"):
             # vLLM 0.32 packs experts for the CPU only while it builds their kernel, so a reload that finds one leaves
             # them unpacked and the engine wrong: let it build another (UnquantizedFusedMoEMethod._setup_kernel).
             method.moe_kernel = None
-    initialize_layerwise_reload(model)
-    try:
-        model.load_weights(weights)
-    finally:  # it has taken the model's parameters away
-        finalize_layerwise_reload(model, model_config)
+    put_back = _tensors_of(modules)
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    with set_current_vllm_config(vllm_config):  # kernels are built anew, and look into it
+        try:
+            initialize_layerwise_reload(model)
+            model.load_weights(weights)
+            finalize_layerwise_reload(model, vllm_config.model_config)
+        except BaseException:
+            # A layer that was not finished has lost its tensors, which CUDA graphs and recorded copies write to: the
+            # next push would fill memory that nobody reads.
+            put_back()
+            for module in modules:
+                get_layerwise_info(module).reset()
+            raise
+    if [t.data_ptr() for t in (*model.parameters(), *model.buffers())] != addresses:
+        raise RuntimeError("vLLM's layerwise reload moved a parameter: recorded copies would go to where it was")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

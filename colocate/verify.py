@@ -46,10 +46,7 @@ class Layout:
     regions: list[Region]
     padding: dict[str, int]  # parameter -> elements that belong to no weight (vocabulary padding)
     processed: dict[str, int]  # parameter -> elements that cannot be compared: their kernel has an order of its own
-    needs_reload: bool  # some layer is processed after loading
-    reload: frozenset[str]  # weights whose parameters do not keep them as they are loaded
     unknown: dict[str, int] = field(default_factory=dict)  # parameter -> elements that no region accounts for
-    extra: frozenset[str] = frozenset()  # weights without a region, which the unknown parameters may need
     architecture: str = "the model"
 
 
@@ -78,18 +75,16 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     kind = getattr(config, "model_type", "")
     spelled = _names_in_checkpoint(model, names)
     packed = _packed_layers(model)
-    # Experts are packed after loading, and MLA keeps matrices (W_UV) that it derives from its weights then.
-    mla = any(hasattr(m, "W_UV") for m in model.modules())
-    needs_reload = mla or any(hasattr(m, "w13_weight") for m in model.modules())
     places: dict[str, list[Region]] = {}
     sizes: dict[str, int] = {}
     padding: dict[str, int] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            memory = parameter.untyped_storage().data_ptr()
+            if memory in seen:  # tied embeddings, and views that multi-head latent attention keeps of kv_b_proj
                 continue
-            seen.add(id(parameter))
+            seen.add(memory)
             name = f"{prefix}.{leaf}" if prefix else leaf
             regions = _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank)
             if prefix.rpartition(".")[2] in TRANSPOSED.get(kind, ()) and leaf == "weight":
@@ -109,16 +104,11 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
         unknown |= {n for n, regions in places.items() if any(r.weight not in names for r in regions)}
     known = {n: regions for n, regions in places.items() if n not in unknown}
     layout = [r for regions in known.values() for r in regions]
-    extra = frozenset(names - {r.weight for r in layout}) if unknown else frozenset()
-    reload = frozenset(r.weight for r in layout if mla or r.dst is None)
     return Layout(
         regions=layout,
         padding=padding,
         processed={n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
-        needs_reload=needs_reload,
-        reload=reload | extra if needs_reload else reload,
         unknown={n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
-        extra=extra,
         architecture=(getattr(config, "architectures", None) or [type(model).__name__])[0],
     )
 

@@ -57,7 +57,10 @@ class Worker(rlhf_utils.ColocateWorkerExtension):
     device = CPU
     rank = 0
     model_config = None
-    parallel_config = types.SimpleNamespace(tensor_parallel_size=1)
+    vllm_config = None
+    parallel_config = types.SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False, enable_eplb=False
+    )
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         self.model = Model({n: t for n, t in weights.items() if n != VERSION})

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_utils import CopyPlan, HandleError, NotHandled, Slice, covered_once, record_loaders
+from rlhf_utils import ColocateWorkerExtension, CopyPlan, HandleError, NotHandled, Slice, covered_once, record_loaders
 
 BF16 = SimpleNamespace(dtype=torch.bfloat16)  # what a 16-bit model's configuration says
 
@@ -318,3 +318,28 @@ def test_coverage_is_exact():
     assert covered_once([part((0, 4), (0, 3)), part((0, 4), (3, 6))], (4, 6)) == 24
     assert covered_once([Slice((3, 3), (1, 1), 0)], (4, 6)) is None, "no box"
     assert covered_once([], (4, 6)) == 0
+
+
+def test_an_engine_whose_workers_share_out_layers_or_experts_is_refused():
+    worker = ColocateWorkerExtension()
+    worker.parallel_config = SimpleNamespace(pipeline_parallel_size=2, enable_expert_parallel=True, enable_eplb=False)
+    with pytest.raises(NotHandled, match="pipeline_parallel_size and enable_expert_parallel is not handled"):
+        worker.connect_weights({})
+
+
+def test_attention_sinks_that_a_kernel_has_copied_are_refused():
+    model = Model(plainly)
+    model.attention = torch.nn.Module()
+    model.attention.impl = SimpleNamespace(_sinks_source=torch.zeros(4, dtype=torch.bfloat16))
+    with pytest.raises(NotHandled, match="float32 copy of the attention sinks of attention"):
+        record_loaders(model, BF16, THREE, 1)
+    model.attention.impl._sinks_source = torch.zeros(4)  # the kernel reads the parameter itself
+    assert record_loaders(model, BF16, THREE, 1).copies
+
+
+def test_latent_attention_that_keeps_views_of_its_weights_takes_copies():
+    model = Model(plainly)
+    model.kv_b_proj = torch.nn.Module()
+    model.kv_b_proj.weight = model.fused
+    model.W_UV = torch.nn.Parameter(model.fused.data.view(2, 3, 4).transpose(0, 1), requires_grad=False)
+    assert record_loaders(model, BF16, THREE, 1).loaders == []
