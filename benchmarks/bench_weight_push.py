@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
 import push_peers  # noqa: E402
-from push_peers import PeerColocation, milliseconds  # noqa: E402
+from push_peers import METHODS, PeerColocation, milliseconds  # noqa: E402
 from shapes import SHAPES, write_shape  # noqa: E402
 
 from colocate import checks, cluster  # noqa: E402
@@ -39,10 +39,10 @@ from colocate.preflight import preflight  # noqa: E402
 from colocate.report import Report, summary  # noqa: E402
 
 
-def bench(colocation: PeerColocation, pushes: int, warmup: int) -> list[dict]:
+def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str]) -> list[dict]:
     """One row per method. Raises Stop on a push that does not verify."""
     on_workers = colocation.on_workers
-    methods = colocation.prepare()
+    methods = [method for method in colocation.prepare() if method in {*only, "recorded"}]
     connect = colocation.report.data["connect"]
     floors = {
         "actor": lambda: colocation.fleet.ask(colocation.engines, "__ray_ready__"),
@@ -144,6 +144,7 @@ def main() -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--pushes", type=int, default=30, help="counted pushes per method (default: 30)")
     parser.add_argument("--warmup", type=int, default=3, help="pushes per method before them (default: 3)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside recorded; default: all that run")
     parser.add_argument("--soak", type=int, default=0, help="recorded pushes in a row afterwards (default: 0)")
     parser.add_argument("--output", required=True, help="JSON; rows are added to those already in it")
     args = parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> int:
             with colocation.fleet.stage("start"):
                 colocation.start_ray()
                 colocation.start([*colocation.trainers, *colocation.engines])
-            rows = bench(colocation, args.pushes, args.warmup)
+            rows = bench(colocation, args.pushes, args.warmup, args.methods)
             if args.soak:
                 next(r for r in rows if r["method"] == "recorded").update(soak(colocation, args.soak))
     if report.exit_code:
