@@ -346,7 +346,6 @@ def test_between_steps_a_trainer_holds_no_more_than_after_the_first(offload):
         it.step(found, total(found))
         held.append(torch.cuda.memory_reserved())
     assert max(held[1:]) <= held[0]
-    assert it.workspace > 0
 
 
 def test_fresh_samples_have_ratio_1():
