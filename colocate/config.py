@@ -83,7 +83,11 @@ class Config:
         choices=("recorded", "simple"),
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
-    steps: int = flag(12, "RLHF steps after the proof of the push; 0: the proof alone", at_least=0)
+    steps: int = flag(
+        12,
+        "RLHF steps after the proof of the push; 0: the proof alone, without --checkpoint, --metrics, --plot, --reward",
+        at_least=0,
+    )
     prompts: str | None = flag(
         None, 'file of prompts in place of the script\'s: a JSON object a line, with "prompt" and any other keys'
     )
@@ -238,6 +242,10 @@ def check_loop(config: Config) -> None:
     message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
     refuse_unless(bool(config.checkpoint) or not every, message)
     if not config.steps:
+        # What only sets how a step is done may stay. These would be asked for in vain.
+        flags = [f"--{name}" for name in ("checkpoint", "metrics", "plot", "reward") if getattr(config, name)]
+        message = f"{' and '.join(flags)}: there is no RLHF step, since --steps is 0. Try: --steps 1, or leave it out"
+        refuse_unless(not flags, message)
         return
     engines = config.num_engines
     prompts = config.prompts_per_step

@@ -323,7 +323,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             dtype, why = choose_dtype(config, rehearsal, model.config)
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
-        if config.checkpoint and config.steps:
+        if config.checkpoint:
             needed = checkpoint_bytes(config, model.parameters)
             check_room(Path(config.checkpoint).resolve().parent, needed, "--checkpoint")
         if own_ray and rehearsal:

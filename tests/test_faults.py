@@ -69,6 +69,19 @@ def test_the_watch_knows_a_rank_from_the_engines_own_process(sleeper):
     ]
 
 
+def test_an_out_of_memory_error_says_what_to_type():
+    fleet = Fleet(Report(rc.Config(), []), {}, 600)
+    error = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    hints = {"train": ("--tokens-per-micro-batch", "--gradient-checkpointing"), "wake KV": ("--offload-optimizer",)}
+    for stage, flags in hints.items():
+        with fleet.stage(stage):
+            text = str(fleet._own_error({"trainer 0"}, "learn", error))
+        assert f"Out of GPU memory in the stage {stage!r}. Try: " in text
+        assert all(flag in text for flag in flags)
+    with fleet.stage("rollout"):
+        assert str(fleet._own_error({"trainer 0"}, "learn", error)).endswith(error)
+
+
 def test_only_what_a_run_has_made_is_removed_from_dev_shm():
     """A model, a checkpoint or an environment kept there is mapped as well."""
     name = f"rlhf-test-{os.getpid()}"

@@ -229,6 +229,13 @@ def test_flags_that_exclude_each_other():
         cc.check_loop(Config(resume="saved", load_format="dummy"))
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "metrics", "plot", "reward"])
+def test_what_only_steps_use_is_refused_without_a_step(name):
+    with refused(USAGE, f"--{name}: there is no RLHF step, since --steps is 0"):
+        cc.check_loop(Config(steps=0, **{name: "somewhere"}))
+    cc.check_loop(Config(steps=0, prompts="of the proof", resume="saved", trace="out", output_json="out"))
+
+
 def test_outputs_are_tried(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("before")
