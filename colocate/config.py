@@ -69,7 +69,7 @@ class Config:
     )
     dtype: str = flag(
         "auto",
-        "dtype of trainer and engine; 'auto': bfloat16 on GPUs and on CPUs that multiply it fast, float32 on others",
+        "dtype of trainer and engine; 'auto': bfloat16 on GPUs and CPUs that multiply it fast, float32 on others",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     load_format: str = flag(

@@ -142,7 +142,7 @@ class Learner:
         return self.metrics
 
     def _add_gradients(self, samples: list[dict], total_tokens: int) -> dict[str, torch.Tensor]:
-        """Forward and backward passes of all micro-batches. Returns what `_add_gradient` does, over all of them."""
+        """Forward and backward passes of all micro-batches. Returns float64 sums over their tokens, for the metrics."""
         if self.tokens_per_micro_batch is None:
             self.tokens_per_micro_batch = self._fitting_tokens()
         packed = self.route.packed
@@ -151,12 +151,11 @@ class Learner:
         batches = [collate(part, self.device, packed) for part in parts]
         totals: dict[str, torch.Tensor] = {}
         for batch in batches:
-            for name, value in self._add_gradient(batch, total_tokens).items():
-                totals[name] = totals.get(name, 0) + value
+            self._add_gradient(batch, total_tokens, totals)
         return totals
 
-    def _add_gradient(self, batch: Batch, total_tokens: int) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of a micro-batch. Returns float64 sums over its tokens, for the metrics.
+    def _add_gradient(self, batch: Batch, total_tokens: int, totals: dict[str, torch.Tensor]) -> None:
+        """Forward and backward pass of a micro-batch, whose sums are added to `totals`.
 
         The head goes forward and back with one chunk of tokens at a time, so only one chunk's logits exist. The
         gradients at its inputs are put together, and go back through the rest of the model at once.
@@ -168,7 +167,6 @@ class Learner:
         references = [None] * len(chunks)
         if self.reference:
             references = logprobs_of(self.reference, batch, self.route).split(n)
-        totals: dict[str, torch.Tensor] = {}
         for states_nH, targets_n, sampler_n, advantage_n, reference_n in zip(chunks, *columns, references, strict=True):
             logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route)
             rest = (total_tokens, self.clip_range, reference_n, self.kl_coef)
@@ -177,7 +175,6 @@ class Learner:
             for name, value in (sums | {"loss": loss.detach() * total_tokens}).items():
                 totals[name] = totals.get(name, 0) + value.double()
         whole_NH.backward(torch.cat([chunk.grad for chunk in chunks]))
-        return totals
 
     def _fitting_tokens(self) -> int:
         """How many tokens a micro-batch may have: what three quarters of the free GPU memory hold of activations, and

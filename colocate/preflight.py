@@ -166,14 +166,17 @@ def find_packages() -> tuple[dict[str, str], bool]:
 def find_gpus() -> list[dict]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process.
 
-    [{"index", "uuid", "name", "total", "free"}]; memory in MiB, None where nvidia-smi does not tell.
+    [{"index", "uuid", "name", "total", "free", "capability"}]: memory in MiB, and the compute capability, as 9.0; None
+    where nvidia-smi does not tell.
     """
     return visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def list_gpus() -> list[dict]:
     """All GPUs of nvidia-smi, as in `find_gpus`. Lines of another form, such as warnings, are passed over."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    # compute_cap: since driver 510, and torch for CUDA 12 needs a newer one.
+    columns = "index,uuid,name,memory.total,memory.free,compute_cap"
+    query = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits"]
     try:
         rows = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
@@ -181,10 +184,12 @@ def list_gpus() -> list[dict]:
     gpus = []
     for row in rows:
         cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) != 5 or not cells[0].isdigit():
+        if len(cells) != 6 or not cells[0].isdigit():
             continue
-        index, uuid, name, total, free = cells
-        gpus.append({"index": index, "uuid": uuid, "name": name, "total": number(total), "free": number(free)})
+        index, uuid, name, *numbers = cells
+        total, free, capability = map(number, numbers)
+        gpu = {"index": index, "uuid": uuid, "name": name, "total": total, "free": free, "capability": capability}
+        gpus.append(gpu)
     return gpus
 
 
@@ -282,12 +287,33 @@ def check_shared_memory(engines: int, code: int) -> None:
     )
 
 
-def choose_dtype(config: Config, rehearsal: bool, model_config: dict) -> tuple[str, str]:
+def first_without_bfloat16(gpus: list[dict]) -> str:
+    """Of the GPUs, as in "GPU 0 (Tesla T4, compute capability 7.5)"; "" if all compute in bfloat16.
+
+    vLLM's bound (`CudaPlatformBase.check_if_supports_dtype` in vllm/platforms/cuda.py), which also refuses to start.
+    """
+    for gpu in gpus:
+        if gpu["capability"] and gpu["capability"] < 8.0:
+            return f"GPU {gpu['index']} ({gpu['name']}, compute capability {gpu['capability']:.1f})"
+    return ""
+
+
+def check_dtype(config: Config, gpus: list[dict]) -> None:
+    """Raise Stop(MISSING) if the run is to be in bfloat16 on a GPU without it. --dtype auto is resolved."""
+    gpu = first_without_bfloat16(gpus)
+    fix = "Take GPUs that have it: a checkpoint goes on in its own dtype" if config.resume else "Try: --dtype float32"
+    message = f"{gpu} has no bfloat16, in which the run is to be. {fix}"
+    refuse_unless(not gpu or config.dtype != "bfloat16", message, MISSING)
+
+
+def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list[dict]) -> tuple[str, str]:
     """What --dtype auto stands for, and why: (dtype, reason)."""
     if config.resume:
         saved = model_config.get("dtype") or model_config.get("torch_dtype")
         if saved:
             return saved, "as in the checkpoint"
+    if old := first_without_bfloat16(gpus):
+        return "float32", f"{old} has no bfloat16, and float16 loses small gradients"
     if not rehearsal:
         return "bfloat16", "as usual on GPUs"
     import torch
@@ -320,9 +346,10 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         check_resume(config, model.parameters)
         notes = [hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":
-            dtype, why = choose_dtype(config, rehearsal, model.config)
+            dtype, why = choose_dtype(config, rehearsal, model.config, gpus[: config.num_gpus])
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
+        check_dtype(config, gpus[: config.num_gpus])
         if config.checkpoint:
             needed = checkpoint_bytes(config, model.parameters)
             check_room(Path(config.checkpoint).resolve().parent, needed, "--checkpoint")

@@ -106,7 +106,7 @@ def fake_nvidia_smi(tmp_path, monkeypatch):
     return prints
 
 
-EIGHT = "\n".join(f"{i}, GPU-aa{i}, NVIDIA H100, 81559, 81000" for i in range(8))
+EIGHT = "\n".join(f"{i}, GPU-aa{i}, NVIDIA H100, 81559, 81000, 9.0" for i in range(8))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,9 @@ def test_ray_is_not_shown_what_cuda_ignores(fake_nvidia_smi, monkeypatch):
     assert rp.hide_what_cuda_ignores(rp.find_gpus()) == ""
 
 
-@pytest.mark.parametrize("row", ["0, GPU-1, GH200, [N/A], [N/A]", "0, GPU-1, A100, 81920, [Insufficient Permissions]"])
+@pytest.mark.parametrize(
+    "row", ["0, GPU-1, GH200, [N/A], [N/A], 9.0", "0, GPU-1, A100, 81920, [Insufficient Permissions], [N/A]"]
+)
 def test_a_gpu_of_unknown_memory_is_taken(row, fake_nvidia_smi):
     fake_nvidia_smi(row)
     (gpu,) = rp.find_gpus()
@@ -169,14 +171,28 @@ def test_a_gpu_of_unknown_memory_is_taken(row, fake_nvidia_smi):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("WARNING: infoROM is corrupted at gpu 0000:0A:00.0\n0, GPU-1, A100, 81920, 81000", ["0"]),
+        ("WARNING: infoROM is corrupted at gpu 0000:0A:00.0\n0, GPU-1, A100, 81920, 81000, 8.0", ["0"]),
         ("No devices were found", []),
-        ("0, GPU-1, A100, 81920, 81000\n\nWarning, this, has, five, cells", ["0"]),
+        ("0, GPU-1, A100, 81920, 81000, 8.0\n\nWarning, this, line, has, six, cells", ["0"]),
     ],
 )
 def test_lines_that_are_no_gpu_are_passed_over(text, expected, fake_nvidia_smi):
     fake_nvidia_smi(text)
     assert [g["index"] for g in rp.find_gpus()] == expected
+
+
+def test_gpus_without_bfloat16(fake_nvidia_smi):
+    fake_nvidia_smi("0, GPU-1, NVIDIA A100, 81920, 81000, 8.0\n1, GPU-2, Tesla T4, 15360, 15000, 7.5")
+    a100, t4 = rp.find_gpus()
+    assert rp.choose_dtype(Config(), False, {}, [a100])[0] == "bfloat16"
+    dtype, why = rp.choose_dtype(Config(), False, {}, [a100, t4])
+    assert dtype == "float32" and "GPU 1 (Tesla T4, compute capability 7.5) has no bfloat16" in why
+    rp.check_dtype(Config(dtype="bfloat16"), [a100, a100 | {"capability": None}])
+    rp.check_dtype(Config(dtype="float32"), [t4])
+    with refused(MISSING, "GPU 1 (Tesla T4, compute capability 7.5) has no bfloat16"):
+        rp.check_dtype(Config(dtype="bfloat16"), [a100, t4])
+    with refused(MISSING, "Take GPUs that have it"):
+        rp.check_dtype(Config(dtype="bfloat16", resume="saved"), [t4])
 
 
 def test_no_nvidia_smi_is_no_gpu(tmp_path, monkeypatch):
