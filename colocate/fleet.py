@@ -223,23 +223,28 @@ class Fleet:
         """All actors that have to be replaced: the lost, those that Ray knows to be dead, and those that do not answer.
 
         The busy are waited for until the stage's deadline: they may hold all that is left of the trainers' state. But
-        an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, those that were in it
-        have PING_S to answer.
+        an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, or is lost while others
+        are waited for, those that were in it have PING_S to answer.
         """
         gone = lost.names | self.watch.ended() | self.missing
-        rest = self.actors.keys() - gone
-        peers = {n for n in rest if n.split()[0] in {m.split()[0] for m in gone}} if lost.during == "train" else set()
-        for asked, stuck in ((peers, True), (rest - peers, False)):
-            left = self.deadline()[0] - time.monotonic()
-            patience = PING_S if stuck else max(PING_S, left)
-            dead, busy = self._ping(asked, 1.0)
-            if busy:
-                self.report("lost", f"waiting for {join_names(busy)}, {patience:.0f} s at most")
-                died_later, silent = self._ping(busy, patience)
-                dead |= died_later | silent
-                if silent:
-                    self.report("lost", f"{join_names(silent)} did not answer, and count as lost, too")
-            gone |= dead
+        dead, busy = self._ping(self.actors.keys() - gone, 1.0)
+        gone |= dead
+        end = max(self.deadline()[0], time.monotonic() + PING_S)
+        announced: set[str] = set()
+        while busy:  # in turns of PING_S: who is stuck depends on who has been lost by then
+            kinds = {name.split()[0] for name in gone if lost.during == "train"}
+            stuck = {name for name in busy if name.split()[0] in kinds}
+            left = end - time.monotonic()
+            if announced != (stuck or busy):
+                announced = stuck or busy
+                seconds = min(PING_S, left) if stuck else left
+                self.report("lost", f"waiting for {join_names(announced)}, {seconds:.0f} s at most")
+            dead, silent = self._ping(busy, min(PING_S, left))
+            late = silent if left <= PING_S else silent & (stuck | self.watch.troubled(silent))
+            if late:
+                self.report("lost", f"{join_names(late)} did not answer, and count as lost, too")
+            gone |= dead | late
+            busy = silent - late
         return gone
 
     def _find_lost(self, failed: set[str], patience: float) -> set[str]:
