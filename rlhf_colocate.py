@@ -268,8 +268,8 @@ class Colocation:
         self.model = model
         self.report = report
         self.folder = folder  # temporary
-        self.cluster = cluster.Cluster(config, folder, model.rehearsal)
         self.fleet = Fleet(report, stage_timeouts(config), config.timeout)
+        self.cluster = cluster.Cluster(config, folder, model.rehearsal, self.fleet.watch)
         self.trainers = [f"trainer {i}" for i in range(config.num_gpus)]
         self.engines = [f"engine {e}" for e in range(config.num_engines)]
         self.versions = itertools.count(1)  # of the weights: none is given out twice
@@ -288,15 +288,13 @@ class Colocation:
         with interrupts_deferred(), self.report.stage("teardown"):
             self.report.failing(error)
             if self.cluster.running():
+                if self.config.trace:
+                    self.report.actor_spans = self.fleet.ask_living([*self.fleet.actors], trace.spans_of)
                 self.fleet.close(self.engines, "shutdown")
-                self.cluster.stop(self.fleet.watch.all_files())
+                self.cluster.stop()
 
     def start_ray(self) -> None:
-        env = cluster.environment(self.config, self.folder, self.model.rehearsal) | self.model.environment
-        env["RLHF_COLOCATE_SHM"] = f"/{self.fleet.watch.prefix}"
-        self.cluster.start(env, self.fleet.deadline())
-        if not self.cluster.address:
-            self.fleet.watch.add_ray()
+        self.cluster.start(self.model.environment, self.fleet.deadline())
         self.group = self.cluster.place(self.fleet.deadline())
 
     def start(self, names: list[str]) -> int:
@@ -639,9 +637,6 @@ def run(config: Config, colocation: Colocation, task: Task, report: Report) -> N
     before = prove_push(config, colocation, task, report)
     if config.steps:
         learn(config, colocation, task, report, done, before)
-        report.plot()
-    if config.trace:
-        trace.write(config.trace, report.spans, colocation.fleet)
 
 
 def main(argv: list[str] | None = None, layout: type[Colocation] = Colocation) -> int:

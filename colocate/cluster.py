@@ -22,7 +22,7 @@ from pathlib import Path
 
 from colocate.config import MISSING, Config, Stop, refuse_unless, stage_timeouts
 from colocate.signals import hear_signals_again, interrupts_deferred
-from colocate.watch import adopt_orphans, children, end_children, remove, shared_memory_files
+from colocate.watch import Watch, adopt_orphans, children, end_children, remove, shared_memory_files
 
 ROOT = Path(__file__).resolve().parent.parent  # of rlhf_utils and this folder, which all processes import
 SOCKET_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes with the final zero (man 7 unix)
@@ -162,13 +162,13 @@ def free_address(_actor) -> str:
 class Cluster:
     """Ray, private or at an address. `start` it once, `stop` it once; what was private is gone then, files and all."""
 
-    def __init__(self, config: Config, folder: Path, rehearsal: bool):
+    def __init__(self, config: Config, folder: Path, rehearsal: bool, watch: Watch):
         self.config = config
         self.folder = folder
         self.rehearsal = rehearsal
+        self.watch = watch
         self.address = config.ray_address or os.environ.get("RAY_ADDRESS")
         self.group = None
-        self.others = set(os.listdir("/dev/shm"))  # what was there before
         self.not_ours = frozenset()  # children of this process that are nothing of Ray's
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None  # of ray.init
@@ -207,9 +207,9 @@ class Cluster:
     def start(self, env: dict[str, str], deadline: tuple[float, float, str]) -> None:
         """ray.init, until a deadline: (time on the monotonic clock, seconds that this gave, the flag that sets them).
 
-        env: variables of Ray's processes. Raises Stop(FAIL) for a private Ray that does not start, or is late;
-        Stop(MISSING) if there is none at the address, or one with too few free GPUs; KeyboardInterrupt at once. Nothing
-        is left of it then.
+        env: variables of Ray's processes, beside those of `environment`. Raises Stop(FAIL) for a private Ray that does
+        not start, or is late; Stop(MISSING) if there is none at the address, or one with too few free GPUs;
+        KeyboardInterrupt at once. Nothing is left of it then.
 
         ray.init runs in a thread, so that the main thread, which alone hears signals, can give up a start that hangs.
         Ray's Python part then leaves SIGTERM alone, which it takes in the main thread only; see hear_signals_again.
@@ -218,6 +218,8 @@ class Cluster:
         self.not_ours = frozenset(children())
         if not self.address:
             adopt_orphans()
+        env = environment(self.config, self.folder, self.rehearsal) | env
+        env["RLHF_COLOCATE_SHM"] = f"/{self.watch.prefix}"
         self.thread = threading.Thread(target=self._hold_ray, args=(self.options(env),), name="ray", daemon=True)
         try:
             self.thread.start()
@@ -234,6 +236,8 @@ class Cluster:
                 raise Stop(f"Ray did not start ({first_line(self.error)}){stopped_processes()}")
             if self.address:
                 self._require_free_gpus()
+            else:
+                self.watch.add_ray()
         except BaseException:
             with interrupts_deferred():
                 self.stop()
@@ -281,16 +285,16 @@ class Cluster:
     def running(self) -> bool:
         return self.thread is not None and not self.over.is_set()
 
-    def stop(self, files: set[str] = frozenset(), seconds: float = 10.0) -> None:
-        """Leave the cluster; end it if it is private, and remove what its processes have in /dev/shm.
+    def stop(self, seconds: float = 10.0) -> None:
+        """Leave the cluster; end it if it is private, and remove what its processes have, or had, in /dev/shm.
 
-        files: names there that are known from before. seconds: that processes have to end by themselves.
+        seconds: that processes have to end by themselves.
         """
         import psutil
 
         if not self.running():
             return
-        found = set(files)
+        found = self.watch.all_files()
         if self.group and self.address:  # the next user of this cluster wants the GPUs
             sys.modules["ray"].util.remove_placement_group(self.group)
         if self.started.wait(1) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
@@ -302,7 +306,7 @@ class Cluster:
             ident = ctypes.c_ulong(self.thread.ident)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
         found |= end_children(seconds, self.not_ours)
-        remove(found - self.others)
+        remove(found - self.watch.others)
         if not self.started.wait(1) and hasattr(sys.modules.get("ray"), "shutdown"):
             atexit.unregister(sys.modules["ray"].shutdown)  # the thread is in C++, with a lock that this would wait for
         self.over.set()

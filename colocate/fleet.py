@@ -112,16 +112,14 @@ class Fleet:
 
     def close(self, polite: list[str], method: str) -> None:
         """Let the actors `polite` call `method`, as far as they can; end those that are stopped or half dead."""
-        import ray
-
-        broken = {*self.actors} if self.watch.troubled_ray() else self.watch.troubled(self.actors)
-        asked = [
-            getattr(self.actors[n], method).remote() for n in polite if n in self.actors.keys() - broken - self.missing
-        ]
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=PING_S)
+        broken = self._broken()
+        self.ask_living(polite, method)
         kill([m.process for m in self.watch.of(broken) if m.process])
         self.watch.note_files()
+
+    def _broken(self) -> set[str]:
+        """Actors that cannot be asked any more: of which a process has ended or is stopped, or all for want of Ray."""
+        return {*self.actors} if self.watch.troubled_ray() else self.watch.troubled(self.actors)
 
     # --- asking them
 
@@ -132,17 +130,28 @@ class Fleet:
         each: one tuple of arguments for each actor, in place of `args`.
         Raises Lost if one has died or the stage's deadline has passed, Stop with an actor's own error.
         """
-        refs = []
-        for name, own in zip(names, each or [args] * len(names), strict=True):
-            actor = self.actors[name]
-            if callable(call):
-                refs.append(actor.__ray_call__.remote(call, *own, **options))
-            else:
-                refs.append(getattr(actor, call).remote(*own, **options))
+        each = each or [args] * len(names)
+        refs = [self._call(name, call, *own, **options) for name, own in zip(names, each, strict=True)]
         what = call.__name__ if callable(call) else call
         if call == "collective_rpc":  # the method of its workers says more
             what = args[0].rpartition(":")[2]
         return self._wait(refs, names, what)
+
+    def ask_living(self, names: list[str], call: str | Callable) -> dict[str, object]:
+        """{actor: its result} of those of these actors that answer within PING_S. Raises nothing of theirs."""
+        import ray
+
+        able = self.actors.keys() - self._broken() - self.missing
+        asked = {self._call(name, call): name for name in names if name in able}
+        answered = ray.wait([*asked], num_returns=len(asked), timeout=PING_S)[0] if asked else []
+        return {asked[ref]: ray.get(ref) for ref in answered if not error_of(ref)}
+
+    def _call(self, name: str, call: str | Callable, *args, **options):
+        """A reference to what the actor will return. call: as in `ask`."""
+        actor = self.actors[name]
+        if callable(call):
+            return actor.__ray_call__.remote(call, *args, **options)
+        return getattr(actor, call).remote(*args, **options)
 
     def require_alive(self, what: str) -> None:
         """Raise Lost, or Stop for Ray itself, if a process has ended: a wait of less than a second does not look."""

@@ -1,4 +1,4 @@
-"""What a run tells: lines, a status line, tables, the verdict and its exit code, --output-json, --metrics, --plot.
+"""What a run tells: lines, a status line, tables, the verdict, its exit code, all files (--output-json, --plot, ...).
 
 Each fact is said once, by the method that is named after it: it prints the line and keeps the entry. Knows no actors.
 """
@@ -17,8 +17,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from colocate import trace
 from colocate.config import FAIL, INTERRUPTED, MISSING, PASS, USAGE, Config, Lost, Stop
-from colocate.signals import end_by_interrupt
+from colocate.signals import end_by_interrupt, interrupts_deferred
 
 START = time.perf_counter()
 SILENCE_S = 30
@@ -32,8 +33,8 @@ class Report:
         self.exit_code = PASS
         self.failure: BaseException | None = None  # the first that ended the run
         self.stages_s: dict[str, float] = {}
-        # For --trace, the last of a long run: (name, seconds since the epoch, seconds).
-        self.spans: collections.deque[tuple[str, float, float]] = collections.deque(maxlen=10_000)
+        self.spans: collections.deque[trace.Span] = collections.deque(maxlen=trace.LAST)  # of stages, for --trace
+        self.actor_spans: dict[str, list[trace.Span]] = {}
         self.terminal = sys.stdout.isatty()
         self.colour = self.terminal and "NO_COLOR" not in os.environ
         self.bar = ""  # of the loop, in the status line
@@ -276,13 +277,8 @@ class Report:
         if self.exit_code in (USAGE, MISSING):
             print(f"rlhf_colocate.py: error: {verdict.removeprefix('FAIL: ')}", file=sys.stderr)
             return
-        self.data["verdict"] = verdict
-        try:
-            if self.config.output_json:
-                Path(self.config.output_json).write_text(json.dumps(self.data, indent=1) + "\n")
-        except OSError as error:
-            self.exit_code = FAIL
-            verdict = f"FAIL: the report was not written ({error}); without that: {verdict}"
+        with contextlib.suppress(KeyboardInterrupt), interrupts_deferred():  # there is nothing left to end
+            verdict = self._write_files(verdict)
         mb = {"push": f"{sum(p['bytes'] for p in self.data['pushes']) / 1e6:.1f}"}
         print_table(["stage", "seconds", "MB"], [[k, f"{v:.2f}", mb.get(k, "")] for k, v in self.stages_s.items()])
         print(verdict, flush=True)
@@ -309,9 +305,29 @@ class Report:
             with contextlib.suppress(OSError):  # the output is closed, as after `| head`
                 self("fail", verdict)
 
-    def plot(self) -> None:
-        if self.config.plot and self.data.get("steps"):
-            plot_steps(self.data["steps"], self.config.plot)
+    def _write_files(self, verdict: str) -> str:
+        """Write what was asked for, with what data there is. Returns the verdict: FAIL if a file was not written."""
+        files = {"plot": self._plot, "trace": self._trace, "output_json": self._output_json}
+        for name, write in files.items():
+            self.data["verdict"] = verdict
+            path = getattr(self.config, name)
+            try:
+                if path:
+                    write(path)
+            except Exception as error:  # of the disk, or of matplotlib
+                self.exit_code = self.exit_code or FAIL
+                verdict = f"FAIL: --{name.replace('_', '-')} was not written ({error}); without that: {verdict}"
+        return verdict
+
+    def _plot(self, path: str) -> None:
+        if self.data.get("steps"):
+            plot_steps(self.data["steps"], path)
+
+    def _trace(self, path: str) -> None:
+        trace.write(path, {"stages": self.spans} | dict(sorted(self.actor_spans.items())))
+
+    def _output_json(self, path: str) -> None:
+        Path(path).write_text(json.dumps(self.data, indent=1) + "\n")
 
     def _note(self, line: dict) -> None:
         if self.config.metrics:

@@ -6,12 +6,10 @@ import collections
 import functools
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from colocate.fleet import Fleet
-
+Span = tuple[str, float, float]  # what ran, seconds since the epoch when it began, seconds that it took
 LAST = 10_000  # spans that an actor keeps of a long run
 
 
@@ -22,7 +20,7 @@ def traced(kind: type) -> type:
 
 
 def timed(name: str, method):
-    """The method, which appends (name, seconds since the epoch, seconds) to its object's `spans`."""
+    """The method, which appends a Span to its object's `spans`."""
 
     @functools.wraps(method)
     def call(self, *args, **options):
@@ -36,19 +34,17 @@ def timed(name: str, method):
     return call
 
 
-def spans_of(actor) -> list[tuple[str, float, float]]:
+def spans_of(actor) -> list[Span]:
     return list(actor.__dict__.get("spans", []))
 
 
-def write(path: str, stages: list[tuple[str, float, float]], fleet: Fleet) -> None:
-    """A row for the driver and one for each actor, in Chrome's trace format (Perfetto, chrome://tracing).
+def write(path: str, rows: dict[str, Iterable[Span]]) -> None:
+    """Rows, by name, in Chrome's trace format (Perfetto, chrome://tracing).
 
     https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
     """
-    names = sorted(fleet.actors)
-    rows = [("stages", stages), *zip(names, fleet.ask(names, spans_of), strict=True)]
     events = []
-    for number, (row, spans) in enumerate(rows):
+    for number, (row, spans) in enumerate(rows.items()):
         events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": number, "args": {"name": row}})
         for name, start, seconds in spans:
             times = {"ts": round(1e6 * start), "dur": round(1e6 * seconds)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -67,10 +68,15 @@ def test_a_signal_to_all_processes_leaves_nothing(tmp_path):
 # After each of these lines the run is busy for seconds: starting Ray, the trainers, the engines.
 @pytest.mark.parametrize("line", [r"\[preflight\]", r"\[place\]", r"\[train\]"])
 def test_ctrl_c_leaves_nothing(tmp_path, line):
-    run = Run(tmp_path, *TWO, *QUICK, *shape(tmp_path, **TINY), interrupt_at=line, seconds=300)
+    trace = tmp_path / "trace.json"
+    model = shape(tmp_path, **TINY)
+    run = Run(tmp_path, *TWO, *QUICK, *model, "--trace", str(trace), interrupt_at=line, seconds=300)
     assert run.code == INTERRUPTED
     assert run.last_line == "FAIL: interrupted"
     assert "Traceback" not in run.stderr
+    rows = [e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"]
+    # Engines are still starting, or nobody has.
+    assert rows == ["stages", *(["trainer 0", "trainer 1"] if "train" in line else [])]
 
 
 def test_a_ray_cluster_with_too_few_gpus(tmp_path, monkeypatch):

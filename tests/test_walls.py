@@ -7,6 +7,7 @@ is heard while the others wait for it (test_live.py).
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -19,8 +20,9 @@ import pytest
 
 import rlhf_colocate as rc
 from colocate import cluster, fleet
-from colocate.config import Config, Lost, Stop
+from colocate.config import FAIL, Config, Lost, Stop
 from colocate.report import Report
+from colocate.watch import Watch
 
 SAMPLES = [{"prompt": [1], "tokens": [2, 3], "reward": 0.5}]
 METRICS = {"loss": 0.1, "grad_norm": 1.0, "logprob_gap": 0.0, "weights": "0123456789abcdef"}
@@ -45,7 +47,7 @@ def ctrl_c():
 
 
 def test_ctrl_c_while_a_start_that_failed_is_cleared_away(monkeypatch, ctrl_c):
-    ray = cluster.Cluster(Config(), Path(), rehearsal=True)
+    ray = cluster.Cluster(Config(), Path(), rehearsal=True, watch=Watch())
     stopped = []
 
     def hold_ray(options: dict) -> None:
@@ -71,12 +73,59 @@ def test_ctrl_c_while_the_layout_is_closed(ctrl_c):
     def close(names: list[str], method: str) -> None:
         ctrl_c()
 
-    colocation = bare(rc.Colocation, engines=["engine 0"], report=Report(Config(), []))
-    colocation.fleet = SimpleNamespace(close=close, watch=SimpleNamespace(all_files=set))
-    colocation.cluster = SimpleNamespace(running=lambda: True, stop=stopped.append)
+    colocation = bare(rc.Colocation, config=Config(), engines=["engine 0"], report=Report(Config(), []))
+    colocation.fleet = SimpleNamespace(close=close)
+    colocation.cluster = SimpleNamespace(running=lambda: True, stop=lambda: stopped.append(True))
     with pytest.raises(KeyboardInterrupt):
         colocation.__exit__(None, None, None)
     assert stopped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run that failed has to show
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals():
+    """`verdict` sets handlers, for the rest of the process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def failing(**files: str) -> Report:
+    """The report of a run that loses its engine after a step."""
+    report = Report(Config(steps=3, **files), [])
+    with report.verdict():
+        with report.stage("train"):
+            report.loop(0, 3)
+            step(report, 1)
+            report.step(3, METRICS)
+        report.actor_spans = {"trainer 0": [("learn", 1000.0, 2.0)]}
+        raise Stop("lost engine 0")
+    return report
+
+
+def test_a_run_that_failed_leaves_its_plot_its_trace_and_its_report(tmp_path, signals, capsys):
+    pytest.importorskip("matplotlib")
+    names = {"plot": "plot.png", "trace": "trace.json", "output_json": "report.json"}
+    report = failing(**{flag: str(tmp_path / name) for flag, name in names.items()})
+    assert report.exit_code == FAIL and capsys.readouterr().out.endswith("FAIL: lost engine 0\n")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    rows = [e["args"]["name"] for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if "args" in e]
+    assert rows == ["stages", "trainer 0"]
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["verdict"] == "FAIL: lost engine 0" and len(data["steps"]) == 1
+
+
+def test_a_file_that_cannot_be_written_does_not_hide_why_the_run_failed(tmp_path, signals):
+    nowhere = str(tmp_path / "nowhere" / "trace.json")
+    failing(trace=nowhere, output_json=str(tmp_path / "report.json"))
+    verdict = json.loads((tmp_path / "report.json").read_text())["verdict"]
+    assert verdict.startswith("FAIL: --trace was not written (") and nowhere in verdict
+    assert verdict.endswith("; without that: FAIL: lost engine 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
