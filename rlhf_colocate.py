@@ -24,7 +24,6 @@ YOURS marks what to change first, and where your own trainer goes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -33,7 +32,7 @@ from pathlib import Path
 
 from colocate import checkpoint, cluster, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
-from colocate.fleet import Fleet
+from colocate.fleet import Fleet, require_restart
 from colocate.memory import MAX_NUM_SEQS
 from colocate.model_folder import Model
 from colocate.preflight import check_shared_memory, preflight
@@ -90,8 +89,8 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def join(self, rank: int, addresses: list[str], timeout_s: float, resume: str | None, options: dict) -> int:
-        """Meet the other trainers, and make the optimizer. Returns how many steps it has done before."""
+    def join(self, rank: int, addresses: list[str], timeout_s: float, resume: str | None, options: dict) -> None:
+        """Meet the other trainers, and make the optimizer. resume: the checkpoint that its state comes from."""
         from colocate.learner import Learner, join_group
 
         join_group(rank, addresses, timeout_s, self.device)
@@ -100,7 +99,6 @@ class RayTrainingActor:
         self.learner = Learner(self.model, self.random_weights, **options)
         if resume:
             self.learner.load(Path(resume), options["learning_rate"])
-        return self.learner.steps
 
     @contextlib.contextmanager
     def changing_weights(self, version: int):
@@ -205,6 +203,8 @@ class MyLLM:
         Returns bytes in use on the fullest of its GPUs, by all processes, before and after.
         """
         before = max(self.collective_rpc("gpu_used_bytes"))
+        # After a loss in a push the weights alone are awake. They stay so (vLLM 0.26 would not put them to sleep), and
+        # take less than a trainer's gradient, for which there is room.
         if level and not self.asleep:
             self.version = None
             self.asleep = {"weights", "kv_cache"}
@@ -277,6 +277,7 @@ class Colocation:
         self.digests: dict[str, str] = {}  # of the trainers' weights at this version, since they were first changed
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
+        self.trained = False  # a step has begun: until then, new trainers start as the first ones did
         if config.trace:
             self.trainer_class = trace.traced(self.trainer_class)
             self.engine_class = trace.traced(self.engine_class)
@@ -297,18 +298,17 @@ class Colocation:
         self.cluster.start(self.model.environment, self.fleet.deadline())
         self.group = self.cluster.place(self.fleet.deadline())
 
-    def start(self, names: list[str]) -> int:
-        """Start these actors: all of them at first, later those that were lost. Returns the steps done before."""
+    def start(self, names: list[str]) -> None:
+        """Start these actors: all of them at first, later those that were lost."""
         trainers = [n for n in self.trainers if n in names]
         engines = [n for n in self.engines if n in names]
         for name in [*engines, *trainers]:  # all at once: their imports run in parallel
             self.fleet.add(name, self.new_actor(name))
         self.report("place", f"starting {', '.join(names)}: a minute or so")
-        steps = 0
         if trainers:
             reports = self.fleet.ask(trainers, "report_device_id")
             if self.config.steps:
-                steps = self.join_trainers()
+                self.join_trainers()
             self.fleet.note(trainers, reports)  # not before: without an optimizer it is no survivor that has a state
             self.report("train", f"{len(trainers)} training actors hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
@@ -317,7 +317,6 @@ class Colocation:
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(rows)
         self.connected = False
-        return steps
 
     def new_actor(self, name: str):
         import ray
@@ -340,17 +339,14 @@ class Colocation:
         load_format = "auto" if self.checkpoint else self.model.load_format
         return actor.remote(str(self.checkpoint or self.model.folder), load_format, config.dtype, config.seed)
 
-    def join_trainers(self) -> int:
-        """Let them make their process group and their optimizers. Returns the steps that these have done."""
-        config = self.config
+    def join_trainers(self) -> None:
+        """Let them make their process group and their optimizers."""
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
-        names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
-        options = {name: getattr(config, name) for name in (*names, "gradient_checkpointing")}
-        options["offload"] = config.offload_optimizer
         # The driver is to say who is late, before the process group ends those who wait for them.
-        timeout_s = self.fleet.timeouts.get("train", config.timeout) + 60
-        rest = (addresses, timeout_s, str(self.checkpoint) if self.checkpoint else None, options)
-        return self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])[0]
+        timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
+        resume = str(self.checkpoint) if self.checkpoint else None
+        rest = (addresses, timeout_s, resume, self.config.learner_options)
+        self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
 
     def engine_args(self) -> dict:
         """Of vllm.LLM. YOURS: what is not here. The rest has a flag, which is checked, or must stay for the push."""
@@ -438,6 +434,7 @@ class Colocation:
         n = len(self.trainers)
         tokens = sum(len(s["tokens"]) for s in samples)
         self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
+        self.trained = True
         return self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])["metrics"]
 
     def restore(self) -> tuple[int, dict]:
@@ -477,7 +474,8 @@ class Colocation:
             if gone & {*self.trainers}:
                 more = self.disconnect([e for e in self.engines if e not in gone])
                 survivors = {*self.trainers} - gone
-                self.save_surviving_state(sorted(survivors))
+                if self.trained:
+                    self.save_surviving_state(sorted(survivors))
                 self.fleet.end(more | survivors)
                 gone |= more | survivors
             self.report("lost", f"replacing {', '.join(sorted(gone))}")
@@ -526,55 +524,58 @@ class Colocation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prove_push(config: Config, colocation: Colocation, task: Task, report: Report) -> list[dict]:
+def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     """Change every weight by noise, push, and compare every element. Returns the completions from before.
 
     Raises Stop with all checks that failed. benchmarks/drills.py breaks the push in six ways to show that it does.
     """
     from colocate import checks
 
+    report = colocation.report
     fleet = colocation.fleet
     stage = fleet.stage
     colocation.push()
     with stage("rollout"):
-        before = every_engine_answers(config, colocation, task)
+        before = every_engine_answers(colocation, task)
         colocation.on_workers("record_weights")
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         report.replicas_equal(len(colocation.digests), len(colocation.trainers))
     colocation.push()
     with stage("verify"):
-        for name, check in compare_elements(config, colocation).items():
+        for name, check in compare_elements(colocation).items():
             report.check(name, check)
         report.check("changed", checks.changed(colocation.on_workers("check_weights_changed")))
-        after = every_engine_answers(config, colocation, task)
+        after = every_engine_answers(colocation, task)
         scores = fleet.ask(colocation.trainers, checks.token_logprobs, [s["prompt"] + s["tokens"] for s in after])[0]
-        report.check("behaviour", checks.behaviour(before, after, scores, config.logprob_tolerance))
+        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
     report.proven(before, after, task.text)
     return before
 
 
-def every_engine_answers(config: Config, colocation: Colocation, task: Task) -> list[dict]:
+def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
     """Greedy completions of the proof's prompts, with log-probabilities: of each prompt one by each engine."""
-    n = config.max_tokens
+    n = colocation.config.max_tokens
     greedy = {"temperature": 0, "max_tokens": n, "min_tokens": n, "prompt_logprobs": 0}
     greedy |= {"stop_token_ids": task.stop_token_ids}
     return colocation.generate([p for p in task.proof_prompts() for _ in colocation.engines], **greedy)
 
 
-def compare_elements(config: Config, colocation: Colocation) -> dict[str, dict]:
+def compare_elements(colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
     from colocate import checks
 
     found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
     colocation.fleet.watch.note_files()  # by now all have mapped what they share
-    return {kind: checks.combine(found, kind, config.strict) for kind in ("transport", "placement")}
+    return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
 
 
-def rlhf_step(config: Config, colocation: Colocation, task: Task, report: Report, step: int) -> None:
+def rlhf_step(colocation: Colocation, task: Task, step: int) -> None:
     """Rollout, sleep, reward, train. It leaves the engines one version behind, and asleep unless --sleep-level is 0."""
     from colocate.grpo import advantages
 
+    config = colocation.config
+    report = colocation.report
     stage = colocation.fleet.stage
     with stage("rollout"):
         prompts = task.prompts(step)
@@ -595,48 +596,52 @@ def rlhf_step(config: Config, colocation: Colocation, task: Task, report: Report
     report.step(colocation.version, metrics)  # raises Stop if trainers and sampler do not agree
 
 
-def learn(config: Config, colocation: Colocation, task: Task, report: Report, first: int, before: list[dict]) -> None:
-    """The RLHF loop, after `first` steps. A loss sends it back to the first step that the trainers have not done."""
+def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
+    """The RLHF loop. A loss sends it back to the first step that the trainers have not done. before: for the report."""
+    config = colocation.config
+    report = colocation.report
     stage = colocation.fleet.stage
-    last = first + config.steps
-    report.loop(first, last)
-    go_on = colocation.restore  # takes the proof's noise back
-    recovered = False
+    done, _ = colocation.restore()  # takes the proof's noise back
+    first = done + 1
+    last = done + config.steps
+    report.loop(done, last)
+    lost = None  # the last loss, until a push after it has been compared
+    restarts = 0
     while True:
         try:
-            if go_on:
-                done, metrics = go_on()
-                go_on = None
+            if lost:
+                done, metrics = colocation.recover(lost)
                 report.goes_on(done, colocation.version, metrics)
             colocation.push()
-            if recovered or done in (first + 1, last):  # the first push after a loss or a sleep, and the last
+            if lost or done in (first, last):  # the first push after a loss or a sleep, and the last
                 with stage("verify"):
-                    report.verified(done, compare_elements(config, colocation))
-                recovered = False
-            if done > first and config.checkpoint and (done == last or done % (config.checkpoint_every or last) == 0):
+                    report.verified(done, compare_elements(colocation))
+            lost = None
+            if done >= first and config.checkpoint and (done == last or done % (config.checkpoint_every or last) == 0):
                 with stage("checkpoint"):
                     colocation.save(Path(config.checkpoint))
             if done == last:
                 with stage("rollout"):
-                    after = every_engine_answers(config, colocation, task)
+                    after = every_engine_answers(colocation, task)
                 report.learned(before, after, task.text)
                 return
-            rlhf_step(config, colocation, task, report, done + 1)
+            rlhf_step(colocation, task, done + 1)
             done += 1
-        except Lost as lost:
-            report.lost(lost)  # raises Stop when there have been too many
-            go_on = functools.partial(colocation.recover, lost)
-            recovered = True
+        except Lost as loss:
+            report.lost(loss)
+            restarts += 1
+            require_restart(loss, restarts, config.max_restarts)
+            lost = loss
 
 
-def run(config: Config, colocation: Colocation, task: Task, report: Report) -> None:
+def run(colocation: Colocation, task: Task) -> None:
     """Start, prove the push, learn."""
     with colocation.fleet.stage("start"):
         colocation.start_ray()
-        done = colocation.start([*colocation.trainers, *colocation.engines])
-    before = prove_push(config, colocation, task, report)
-    if config.steps:
-        learn(config, colocation, task, report, done, before)
+        colocation.start([*colocation.trainers, *colocation.engines])
+    before = prove_push(colocation, task)
+    if colocation.config.steps:
+        learn(colocation, task, before)
 
 
 def main(argv: list[str] | None = None, layout: type[Colocation] = Colocation) -> int:
@@ -646,7 +651,7 @@ def main(argv: list[str] | None = None, layout: type[Colocation] = Colocation) -
         config, model = preflight(config, report, folder)
         task = Task(config, model, PROMPTS, reward)
         with layout(config, model, report, folder) as colocation:
-            run(config, colocation, task, report)
+            run(colocation, task)
     return report.exit_code
 
 

@@ -476,7 +476,7 @@ class Drilled(rc.Colocation):
 
     # --- the moments
 
-    def start(self, names: list[str]) -> int:
+    def start(self, names: list[str]) -> None:
         if drill := self.strikes("start"):
 
             def strike() -> None:
@@ -486,12 +486,12 @@ class Drilled(rc.Colocation):
                 new.kill()
 
             threading.Thread(target=strike, daemon=True).start()
-        return super().start(names)
+        super().start(names)
 
-    def join_trainers(self) -> int:
+    def join_trainers(self) -> None:
         if self.strikes("join_trainers"):
             os.kill(self.fleet.ask(["trainer 0"], "report_device_id")[0]["pid"], signal.SIGKILL)
-        return super().join_trainers()
+        super().join_trainers()
 
     def generate(self, prompts: list[list[int]], seed: int | None = None, **sampling) -> list[dict]:
         if seed is not None:  # a step's rollout, not the proof's questions
@@ -551,9 +551,10 @@ class Drilled(rc.Colocation):
         return super().train(samples)
 
     def restore(self) -> tuple[int, dict]:
+        state = super().restore()
         if self.strikes("restore"):
             self.kill(self.last_rank)
-        return super().restore()
+        return state
 
     def change_weights(self, method: str | Callable, **asked) -> dict:
         if method is checks.perturb and self.strikes("perturb") == "drift-replica":

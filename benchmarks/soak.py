@@ -104,14 +104,15 @@ def slope(values: list[float]) -> dict:
     return found | {"means": [round(m) for m in means], "last": values[-1]}
 
 
-def soak(config: Config, colocation: Sampled, task: Task, report: Report, pushes: int) -> dict[str, dict]:
+def soak(colocation: Sampled, task: Task, pushes: int) -> dict[str, dict]:
     """{"calls", "pushes", "steps": {"count", "seconds", "slopes"}}."""
+    steps = colocation.config.steps
     done = {}
 
     @contextlib.contextmanager
     def soaked(kind: str, count: int, samples: int):
         """Sample what is done within, and add it to what is done."""
-        report("soak", f"{count} {kind}")
+        colocation.report("soak", f"{count} {kind}")
         colocation.begin(samples)
         start = time.perf_counter()
         yield
@@ -125,9 +126,9 @@ def soak(config: Config, colocation: Sampled, task: Task, report: Report, pushes
         for _ in range(pushes):
             colocation.change_weights(checks.perturb)
             colocation.push()
-    before = rc.every_engine_answers(config, colocation, task)
-    with soaked("steps", config.steps, config.steps + 1):  # the loop begins with a push, and ends with one
-        rc.learn(config, colocation, task, report, 0, before)
+    before = rc.every_engine_answers(colocation, task)
+    with soaked("steps", steps, steps + 1):  # the loop begins with a push, and ends with one
+        rc.learn(colocation, task, before)
     return done
 
 
@@ -150,7 +151,7 @@ def main() -> int:
             with colocation.fleet.stage("start"):
                 colocation.start_ray()
                 colocation.start([*colocation.trainers, *colocation.engines])
-            done = soak(config, colocation, task, report, args.pushes)
+            done = soak(colocation, task, args.pushes)
     if report.exit_code:
         return report.exit_code
     result = {name: report.data[name] for name in ("versions", "hardware", "date")}

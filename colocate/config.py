@@ -155,6 +155,13 @@ class Config:
         """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
         return self.max_model_len - self.max_tokens if self.prompts else LONGEST_PROMPT
 
+    @property
+    def learner_options(self) -> dict:
+        """Keywords of colocate.learner.Learner."""
+        names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
+        options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
+        return options | {"offload": self.offload_optimizer}
+
     @staticmethod
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:
         formatter = argparse.RawDescriptionHelpFormatter

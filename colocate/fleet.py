@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from colocate.config import FAIL, MISSING, STAGES, Lost, Stop
+from colocate.config import FAIL, MISSING, STAGES, Lost, Stop, refuse_unless
 from colocate.watch import Watch, join_names, kill
 
 if TYPE_CHECKING:
@@ -290,6 +290,12 @@ class Fleet:
             silent |= rest if late else self.watch.troubled(rest)
             waiting = {ref: name for ref, name in waiting.items() if name in rest - silent}
         return dead, silent
+
+
+def require_restart(lost: Lost, restarts: int, allowed: int) -> None:
+    """Raise Stop unless a run may go on after this loss, for which it needs so many restarts in all."""
+    used = f"{allowed} of --max-restarts {allowed} are used up" if allowed else "--max-restarts is 0"
+    refuse_unless(restarts <= allowed, f"{lost}; {used}. To go on after a loss: --max-restarts {restarts}", FAIL)
 
 
 def error_of(ref) -> Exception | None:

@@ -228,13 +228,8 @@ class Report:
     # --- losses
 
     def lost(self, loss: Lost) -> None:
-        """Raises Stop if there was a loss too many."""
-        losses = self.data["losses"]
-        losses.append({"lost": sorted(loss.names), "message": str(loss)})
-        allowed = self.config.max_restarts
-        if len(losses) > allowed:
-            used = f"{allowed} of --max-restarts {allowed} are used up" if allowed else "--max-restarts is 0"
-            raise Stop(f"{loss}; {used}. To go on after a loss: --max-restarts {len(losses)}")
+        """`all_lost` and `goes_on` follow, if the run goes on."""
+        self.data["losses"].append({"lost": sorted(loss.names), "message": str(loss)})
         self("lost", str(loss))
         self.lost_at = time.monotonic()
 
@@ -243,13 +238,13 @@ class Report:
         self.data["losses"][-1]["lost"] = sorted(names)
 
     def goes_on(self, step: int, version: int, metrics: dict) -> None:
-        """The trainers are after this step, whose metrics these are. What was done after it will be done again."""
+        """After a loss the trainers are after this step, whose metrics these are. What follows it is done again."""
         losses = self.data["losses"]
-        if losses and "seconds" not in losses[-1]:
-            losses[-1]["seconds"] = seconds = round(time.monotonic() - self.lost_at, 3)
-            count = f"restart {len(losses)} of {self.config.max_restarts}"
-            self("lost", f"recovered in {seconds:.1f} s, {count}: going on after step {step} with version {version}")
-            self._note({"lost": losses[-1]["lost"], "back_to_step": step + 1})
+        seconds = round(time.monotonic() - self.lost_at, 3)
+        losses[-1]["seconds"] = seconds
+        count = f"restart {len(losses)} of {self.config.max_restarts}"
+        self("lost", f"recovered in {seconds:.1f} s, {count}: going on after step {step} with version {version}")
+        self._note({"lost": losses[-1]["lost"], "back_to_step": step + 1})
         rows = self.data["steps"]
         rows[:] = [row for row in rows if row["step"] <= step]
         rolled_out = self.rollout and self.rollout["step"] == step

@@ -40,7 +40,7 @@ class Shared(drills.Drilled):
         self.task = task
         self.first_config = self.config
         self.first_report = self.report
-        rc.run(self.config, self, task, self.report)
+        rc.run(self, task)
         # The state that every test finds: that of a checkpoint, so that trainers can start again from it.
         self.first_checkpoint = self.folder / "checkpoint"
         self.save(self.first_checkpoint)
@@ -99,13 +99,13 @@ class Shared(drills.Drilled):
 
     def elements(self) -> int:
         """How many elements of the engine's parameters are the trainers'. Raises Stop if any is not."""
-        found = rc.compare_elements(self.config, self)
+        found = rc.compare_elements(self)
         self.report.verified(0, found)
         return found["placement"]["checked"]
 
     def answers(self) -> list[dict]:
         """Greedy ones, to the proof's prompts."""
-        return rc.every_engine_answers(self.config, self, self.task)
+        return rc.every_engine_answers(self, self.task)
 
 
 layout: Shared | None = None  # in the layout's own process

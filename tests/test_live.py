@@ -72,7 +72,7 @@ def prove(layout: Shared, fault: str) -> tuple[str, dict]:
     report = layout.change()
     layout.armed = fault
     layout.connected = False
-    message = refused(rc.prove_push, layout.config, layout, layout.task, report)
+    message = refused(rc.prove_push, layout, layout.task)
     return message, report.data["verify"]
 
 
@@ -220,7 +220,7 @@ def learn(layout: Shared, steps: int, stale_after: int | None) -> tuple[str, lis
     """More steps of the script's loop: (the message of the Stop, if there was one; their rows)."""
     report = layout.change(steps=steps, logprob_tolerance=0.004)
     layout.stale_after = stale_after
-    message = refused(rc.learn, layout.config, layout, layout.task, report, first=2, before=layout.answers())
+    message = refused(rc.learn, layout, layout.task, layout.answers())
     return message, report.data["steps"]
 
 
@@ -324,9 +324,9 @@ def lose_a_trainer(layout: Shared) -> list[int]:
     report.lost(lost)
     found = [mapped(layout)]
 
-    def start(names: list[str]) -> int:
+    def start(names: list[str]) -> None:
         found.append(mapped(layout))
-        return Shared.start(layout, names)
+        Shared.start(layout, names)
 
     layout.start = start
     try:

@@ -167,8 +167,8 @@ def test_weights_of_a_step_that_failed_are_no_version(trainer):
     assert int(trainer.version) == -1
 
 
-def recovering(lost: set[str], broken: set[str]) -> list[str]:
-    """What a recovery does, in order. broken: engines whose disconnect raises."""
+def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[str]:
+    """What a recovery does, in order. broken: engines whose disconnect raises. trained: a step has begun before."""
     done = []
     watched = {*lost}
 
@@ -187,6 +187,7 @@ def recovering(lost: set[str], broken: set[str]) -> list[str]:
     colocation.report.data["losses"] = [{}]
     colocation.trainers = ["trainer 0", "trainer 1"]
     colocation.engines = ["engine 0", "engine 1"]
+    colocation.trained = trained
     colocation.fleet = SimpleNamespace(
         stage=lambda name: nullcontext(),
         find_all_lost=lambda loss: loss.names,
@@ -206,6 +207,13 @@ def test_engines_disconnect_and_sleep_before_new_trainers_load():
     for engine in ("engine 0", "engine 1"):
         assert done.index(f"disconnect_weights {engine}") < done.index(f"sleep {engine}") < start
     assert done.index("end trainer 1") < done.index("save trainer 0") < done.index("end trainer 0") < start
+
+
+@pytest.mark.parametrize("lost", [{"trainer 1"}, {"trainer 0", "trainer 1"}])
+def test_before_the_first_step_there_is_no_state_to_save(lost):
+    """It would replace what --checkpoint has; and without it, all trainers may be lost."""
+    done = recovering(lost, set(), trained=False)
+    assert "start trainer 0, trainer 1" in done and not any(action.startswith("save") for action in done)
 
 
 def test_an_engine_that_cannot_disconnect_is_replaced_too(monkeypatch):
@@ -306,13 +314,9 @@ def test_a_loss_after_the_last_step_leaves_all_rows():
 
 
 def test_a_loss_too_many_ends_the_run():
-    report = in_loop()
+    lost = Lost({"engine 0"}, "lost engine 0", "push")
+    fleet.require_restart(lost, 1, allowed=1)
     with pytest.raises(Stop, match=r"^lost engine 0; 1 of --max-restarts 1 are used up.*: --max-restarts 2$"):
-        report.lost(Lost({"engine 0"}, "lost engine 0", "push"))
-
-
-def test_without_restarts_the_first_loss_ends_the_run():
-    report = Report(Config(max_restarts=0), [])
-    report.loop(0, 3)
+        fleet.require_restart(lost, 2, allowed=1)
     with pytest.raises(Stop, match=r"^lost engine 0; --max-restarts is 0.*: --max-restarts 1$"):
-        report.lost(Lost({"engine 0"}, "lost engine 0", "push"))
+        fleet.require_restart(lost, 1, allowed=0)
