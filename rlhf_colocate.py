@@ -3,7 +3,7 @@
     one Ray placement group, one bundle per GPU (the default layout)
 
     bundle / GPU            0        1        2        3
-    training actors       0.4 T0   0.4 T1   0.4 T2   0.4 T3      RayTrainingActor: a full replica each
+    trainers              0.4 T0   0.4 T1   0.4 T2   0.4 T3      RayTrainingActor: a full replica each
     vLLM engines         [0.4   E0   0.4] [0.4   E1   0.4]       MyLLM: tensor_parallel_size=2 each
 
 Two processes share each GPU, where NCCL cannot connect them. CUDA IPC can: a trainer sends 64-byte handles, the vLLM
@@ -30,11 +30,11 @@ import sys
 import time
 from pathlib import Path
 
-from colocate import checkpoint, cluster, trace
+from colocate import checkpoint, checks, cluster, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
 from colocate.memory import MAX_NUM_SEQS
-from colocate.model_folder import Model
+from colocate.model_folder import Model, load_model
 from colocate.preflight import check_shared_memory, preflight
 from colocate.report import Report
 from colocate.signals import interrupts_deferred
@@ -70,7 +70,6 @@ class RayTrainingActor:
         import torch
 
         import rlhf_utils
-        from colocate.model_folder import load_model
 
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # Ray shows a trainer its own only
         self.seed = seed
@@ -130,8 +129,6 @@ class RayTrainingActor:
 
     def state(self) -> dict:
         """{"steps": done, "metrics": the last one's, "digests": {weight: 64 bits of its content}}."""
-        from colocate import checks
-
         digests = checks.weight_digests(self)
         metrics = self.learner.metrics | {"weights": checks.fingerprint(digests)}
         return {"steps": self.learner.steps, "metrics": metrics, "digests": digests}
@@ -309,8 +306,8 @@ class Colocation:
             reports = self.fleet.ask(trainers, "report_device_id")
             if self.config.steps:
                 self.join_trainers()
-            self.fleet.note(trainers, reports)  # not before: without an optimizer it is no survivor that has a state
-            self.report("train", f"{len(trainers)} training actors hold their weights")
+            self.fleet.note(trainers, reports)  # not before: without its optimizer it has no state to save
+            self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
         self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
         reports = self.fleet.reports
@@ -342,7 +339,7 @@ class Colocation:
     def join_trainers(self) -> None:
         """Let them make their process group and their optimizers."""
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
-        # The driver is to say who is late, before the process group ends those who wait for them.
+        # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.checkpoint) if self.checkpoint else None
         rest = (addresses, timeout_s, resume, self.config.learner_options)
@@ -355,7 +352,7 @@ class Colocation:
             model=str(self.model.folder),
             skip_tokenizer_init=True,  # token ids in, token ids out: the task has the tokenizer
             load_format=self.model.load_format,
-            hf_overrides={"architectures": [self.model.architecture]},  # vLLM takes a config without for a base model
+            hf_overrides={"architectures": [self.model.architecture]},  # a config.json may lack it
             dtype=config.dtype,
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="ray",
@@ -419,7 +416,7 @@ class Colocation:
     def generate(self, prompts: list[list[int]], seed: int | None = None, **sampling) -> list[dict]:
         """Completions of all prompts in order, group after group. The engines share the prompts out."""
         n = len(self.engines)
-        seeds = None if seed is None else [seed + 1000 * i for i in range(len(prompts))]  # vLLM counts up from it
+        seeds = None if seed is None else [seed + 1000 * i for i in range(len(prompts))]  # vLLM adds 0, 1, ...
         each = [(prompts[e::n], self.version, seeds and seeds[e::n]) for e in range(n)]
         groups = self.fleet.ask(self.engines, "generate", each=each, **sampling)
         return [sample for i in range(len(prompts)) for sample in groups[i % n][i // n]]
@@ -447,8 +444,6 @@ class Colocation:
 
         Returns the state of one. Raises Stop unless the weights are bitwise the same in all of them.
         """
-        from colocate import checks
-
         self.version = next(self.versions)
         states = self.fleet.ask(self.trainers, method, version=self.version, **asked)
         self.digests = checks.require_equal([state["digests"] for state in states])
@@ -470,7 +465,7 @@ class Colocation:
             gone = self.fleet.find_all_lost(lost)
             self.report.all_lost(gone)
         with self.fleet.stage("recover"):  # with the stage's whole time again, which the wait above may have used up
-            self.fleet.end(gone)  # now: as long as they are watched, whatever the others are asked ends as their loss
+            self.fleet.end(gone)  # first, since any call to the others reports a watched process that has ended
             if gone & {*self.trainers}:
                 more = self.disconnect([e for e in self.engines if e not in gone])
                 survivors = {*self.trainers} - gone
@@ -529,8 +524,6 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
 
     Raises Stop with all checks that failed. benchmarks/drills.py breaks the push in six ways to show that it does.
     """
-    from colocate import checks
-
     report = colocation.report
     fleet = colocation.fleet
     stage = fleet.stage
@@ -563,10 +556,8 @@ def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
 
 def compare_elements(colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
-    from colocate import checks
-
     found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
-    colocation.fleet.watch.note_files()  # by now all have mapped what they share
+    colocation.fleet.watch.note_files()  # in /dev/shm: by now the workers have mapped all that they share
     return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
 
 

@@ -102,7 +102,7 @@ def available_memory_mib() -> float:
     for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         limit, used = (Path("/sys/fs/cgroup") / name for name in names)
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            # The page cache counts as used, but is given back when somebody needs the memory.
+            # The page cache counts as used, but is given back when memory is needed.
             stat = (used.parent / "memory.stat").read_text()
             cache = sum(int(n) for n in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
             found.append(int(limit.read_text()) - int(used.read_text()) + cache)
@@ -114,7 +114,7 @@ def available_memory_mib() -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Of training actors, whose GPU Ray chooses and shows alone. Ray's other processes belong to engines, see `environment`.
+# Of trainers: Ray shows each its own GPU alone. Ray's other processes belong to engines, see `environment`.
 TRAINER_ENV = {
     "env_vars": {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"},
 }
@@ -302,7 +302,7 @@ class Cluster:
             found.update(*(shared_memory_files(p.pid) for p in processes))
             sys.modules["ray"].shutdown()
             psutil.wait_procs(processes, timeout=seconds)
-        elif not self.started.is_set():  # it raises SystemExit as soon as it is in Python code: it starts nobody else
+        elif not self.started.is_set():  # raise SystemExit in it as soon as it is in Python code: it starts no more
             ident = ctypes.c_ulong(self.thread.ident)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
         found |= end_children(seconds, self.not_ours)

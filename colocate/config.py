@@ -28,7 +28,7 @@ class Stop(Exception):
 class Lost(Stop):
     """Actors that have died, or did not answer in time. The run can go on without them.
 
-    during: the stage, of which depends whether the others can still answer.
+    during: the stage; in an optimizer step ("train") the others may never answer again.
     """
 
     def __init__(self, names: set[str], message: str, during: str):
@@ -60,9 +60,9 @@ class Config:
     """Everything that can be set; the command line's flags are made from it."""
 
     model: str | None = flag(None, f"hub id, or folder of a Hugging Face checkpoint (default: {DEFAULT_MODEL})")
-    num_gpus: int = flag(4, "GPUs, which is bundles, which is training actors", at_least=1)
+    num_gpus: int = flag(4, "GPUs; each is a bundle, with one trainer", at_least=1)
     tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started", at_least=1)
-    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a training actor", above=0, below=1)
+    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a trainer", above=0, below=1)
     engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker", above=0, below=1)
     gpu_memory_utilization: float = flag(
         0.4, "share of each GPU's memory that a vLLM engine may fill", above=0, below=1
@@ -104,7 +104,7 @@ class Config:
     kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
     tokens_per_micro_batch: int | None = flag(
         None,
-        "tokens per forward and backward pass of a training actor, at most (default: found from free GPU memory)",
+        "tokens per forward and backward pass of a trainer, at most (default: found from free GPU memory)",
         type=int,
         at_least=1,
     )
@@ -168,7 +168,8 @@ class Config:
         usage = "python rlhf_colocate.py [flags]   (--help lists them)"
         parser = OneLine(usage=usage, description=description, formatter_class=formatter)
         for f in dataclasses.fields(Config):
-            name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            name = "--" + f.name.replace("_", "-")
+            text = f.metadata["help"]
             if isinstance(f.default, bool):
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
                 continue
@@ -264,7 +265,7 @@ def check_loop(config: Config) -> None:
     refuse_unless(
         sequences >= config.num_gpus,
         f"--prompts-per-step {prompts} with --group-size {config.group_size} gives {sequences} completions, fewer than "
-        f"the {config.num_gpus} training actors. Try: --prompts-per-step {config.num_gpus}",
+        f"the {config.num_gpus} trainers. Try: --prompts-per-step {config.num_gpus}",
     )
     message = "--dtype float16 loses small gradients, which vanish in it. Try: --dtype bfloat16, or --steps 0"
     refuse_unless(config.dtype != "float16", message)

@@ -84,7 +84,9 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
     for file in (f for pattern in BESIDE for f in source.glob(pattern) if not f.is_dir()):
         require_content(file)
     architecture = check_kind(source / "config.json", settings)
-    folder, shapes, weights = source, {}, None
+    folder = source
+    shapes = {}
+    weights = None
     if load_format != "dummy":
         weights = next(source / name for name in WEIGHTS if os.path.lexists(source / name))
         files = weight_files(weights)
@@ -115,7 +117,7 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
 def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, str, str]:
     """Resolve --model to a folder. Returns (folder, load format, note).
 
-    Raises Stop(USAGE) for a model that the user named and that cannot be had; the default model is replaced by its
+    Raises Stop(USAGE) for a model that the user named and that is not found; the default model is replaced by its
     architecture with random weights then.
     """
     if rehearsal and not config.resume and not config.model:  # quick anywhere, with a network or without
@@ -136,7 +138,7 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
             raise Stop(f"There is no {WEIGHTS[0]} in {folder}: {what_else(folder)}. {fix}", USAGE)
         return folder.resolve(), load_format, ""
     answer: list = []
-    # A thread, since a hub that does not answer can hold the client for much longer than anyone wants to wait.
+    # A thread, since the client waits for minutes for a hub that does not answer.
     fetch = threading.Thread(target=lambda: answer.append(_from_hub(model, config.load_format)), daemon=True)
     fetch.start()
     fetch.join(10)
@@ -148,7 +150,7 @@ def find_model(config: Config, rehearsal: bool, scratch: Path) -> tuple[Path, st
     if config.model:
         fix = "Give a folder or another id after --model, or check the network, HF_TOKEN and HF_HUB_OFFLINE."
         raise Stop(f"No folder, cached model or model of the hub is called {model} ({result}). {fix}", USAGE)
-    note = f"{model} cannot be had ({result}): using its architecture with seeded random weights"
+    note = f"{model} is not cached and was not downloaded ({result}): using its architecture with seeded random weights"
     return write_config(scratch, OPT_125M), "dummy", note
 
 
@@ -379,7 +381,8 @@ def check_length(config: Config, model_config) -> None:
     rope = getattr(model_config, "rope_parameters", None) or {}
     stretch = 1.0
     for part in [rope] if "rope_type" in rope else [p for p in rope.values() if isinstance(p, dict)]:
-        kind, factor = part.get("rope_type"), part.get("factor") or stretch
+        kind = part.get("rope_type")
+        factor = part.get("factor") or stretch
         if kind == "yarn":
             longest = max(longest, (part.get("original_max_position_embeddings") or 0) * factor)
         elif kind not in ("su", "longrope", "llama3", "deepseek_yarn", "deepseek_llama_scaling"):

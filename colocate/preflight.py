@@ -273,7 +273,7 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
 def check_shared_memory(engines: int, code: int) -> None:
     """Raise Stop(code) if /dev/shm is too full to start so many.
 
-    vLLM's queues there are sparse files: who writes into one that cannot grow dies of SIGBUS, and vLLM 0.32 asks for
+    vLLM's queues there are sparse files: a write into one that cannot grow ends in SIGBUS, and vLLM 0.32 asks for
     the full size of each, up to 240 MiB, to be free.
     """
     shm = os.statvfs("/dev/shm")
@@ -319,7 +319,8 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list
     import torch
 
     # Without these instructions a product in bfloat16 takes up to 80 times as long as in float32.
-    level, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    level = torch.backends.cpu.get_cpu_capability()
+    features = torch.cpu.get_capabilities()
     fast = [name for name in ("amx_bf16", "avx512_bf16") if features.get(name)]
     if level.startswith("AVX512") and fast:
         return "bfloat16", f"this CPU has {fast[0].upper()}"

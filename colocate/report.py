@@ -216,7 +216,8 @@ class Report:
             {"prompt": text(b["prompt"]), "before": text(b["tokens"]), "after": text(a["tokens"])}
             for b, a in zip(before[::n], after[::n], strict=True)
         ]
-        first, last = rows[0], rows[-1]
+        first = rows[0]
+        last = rows[-1]
         text = f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}"
         self("step", text)
         if losses := self.data["losses"]:

@@ -150,7 +150,8 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
     )
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    shape, dtype = tuple(parameter.shape), parameter.dtype
+    shape = tuple(parameter.shape)
+    dtype = parameter.dtype
     tp = getattr(module, "tp_size", 1)
     if tp_rank is None:
         tp_rank = get_tensor_model_parallel_rank()
@@ -158,8 +159,9 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
     parent, _, last = prefix.rpartition(".")
 
     def rows(weight: str, dst_start: int, src_start: int, n: int, total: int) -> Region:
-        dst, src = (slice(dst_start, dst_start + n),), (slice(src_start, src_start + n),)
-        return Region(name, dst, weight, src, (total, *shape[1:]), dtype)
+        dst = slice(dst_start, dst_start + n)
+        src = slice(src_start, src_start + n)
+        return Region(name, (dst,), weight, (src,), (total, *shape[1:]), dtype)
 
     if parameter.numel() == 0:
         raise HandleError(
@@ -176,7 +178,8 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
         n = max(0, min(shape[0], module.org_vocab_size - start))
         return [rows(name, 0, start, n, module.org_vocab_size)]
     if isinstance(module, QKVParallelLinear):
-        q, kv = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        q = module.num_heads * module.head_size
+        kv = module.num_kv_heads * module.head_size
         v = module.num_kv_heads * getattr(module, "v_head_size", module.head_size)
         kv_rank = rank // module.num_kv_head_replicas
         sizes = [(q, rank, tp), (kv, kv_rank, tp // module.num_kv_head_replicas)]
@@ -199,20 +202,24 @@ def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_
     else:
         return []
     # A fused layer: its parts come as weights of their own (Llama), or as one fused weight (Phi-3).
-    parts, total = packed.get(last, []), sum(n * of for n, _, of in sizes)
+    parts = packed.get(last, [])
+    total = sum(n * of for n, _, of in sizes)
     separate = len(parts) == len(sizes) and name not in spelled
     kind = getattr(config, "model_type", "")
     if not separate and kind in GROUPED and isinstance(module, QKVParallelLinear):
         return _grouped_regions(name, module, rank, kv_rank, rows)
     if not separate and kind not in STACKED:
         return []
-    regions, dst, base = [], 0, 0
+    regions = []
+    dst = 0
+    base = 0
     for i, (n, r, of) in enumerate(sizes):
         if separate:
             regions.append(rows(f"{parent}.{parts[i]}.{leaf}", dst, r * n, n, n * of))
         else:
             regions.append(rows(name, dst, base + r * n, n, total))
-        dst, base = dst + n, base + n * of
+        dst += n
+        base += n * of
     return regions
 
 
@@ -234,7 +241,8 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
     config = module.moe_config
     tp = config.moe_parallel_config.tp_size
     rank = tp_rank if tp > 1 else 0
-    hidden, n = config.hidden_dim_unpadded, config.intermediate_size_per_partition_unpadded
+    hidden = config.hidden_dim_unpadded
+    n = config.intermediate_size_per_partition_unpadded
     cut = slice(rank * n, (rank + 1) * n)
     prefix = prefix.removesuffix(".routed_experts")
     # Triton's kernel takes the weights as they are loaded; all others permute, pack or pad them.
@@ -253,8 +261,9 @@ def _expert_regions(name, prefix, leaf, module, parameter, tp_rank) -> list[Regi
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many elements of two tensors of the same shape and dtype differ in their bits."""
-    a, b = a.view(BITS[a.dtype.itemsize]), b.view(BITS[b.dtype.itemsize])
-    return 0 if torch.equal(a, b) else int((a != b).sum())
+    a_bits = a.view(BITS[a.dtype.itemsize])
+    b_bits = b.view(BITS[b.dtype.itemsize])
+    return 0 if torch.equal(a_bits, b_bits) else int((a_bits != b_bits).sum())
 
 
 def compare(worker, messages: dict, digests: dict) -> dict:
@@ -288,7 +297,8 @@ def compare(worker, messages: dict, digests: dict) -> dict:
 def compare_elements(model, layout: Layout, weights: dict[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
     """Parameter elements against what they must be: how many, and {parameter: how many are wrong}."""
     parameters = dict(model.named_parameters())
-    checked, wrong = 0, Counter()
+    checked = 0
+    wrong = Counter()
     for r in (r for r in layout.regions if r.dst is not None):
         have = parameters[r.parameter].data[r.dst]
         checked += have.numel()

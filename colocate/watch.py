@@ -62,7 +62,7 @@ def end_children(seconds: float, besides: frozenset = frozenset()) -> set[str]:
     while (found := children(besides)) and time.monotonic() < end:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()  # whoever is stopped starts no others, and makes no more files
+                process.suspend()  # a stopped process starts no others, and makes no more files
         for process in found:
             files |= shared_memory_files(process.pid)
         kill(found)
