@@ -129,9 +129,9 @@ class Config:
     strict: bool = flag(False, "an element of the weights that cannot be compared is an error")
     output_json: str | None = flag(None, "write the report to this file")
     metrics: str | None = flag(
-        None, "append one JSON line per RLHF step to this file, and one per loss: what follows replaces later steps"
+        None, "append a JSON line per RLHF step to this file, and one per loss: steps after it replace older lines"
     )
-    plot: str | None = flag(None, "draw reward and time per phase into this PNG (needs matplotlib)")
+    plot: str | None = flag(None, "draw reward and time per stage into this PNG, by step (needs matplotlib)")
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
     checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)", at_least=0)
@@ -142,7 +142,7 @@ class Config:
     timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost", above=0)
     stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
     max_restarts: int = flag(
-        1, "how often a run that is in its RLHF loop rebuilds what died or hangs; 0: it ends", at_least=0
+        1, "how often a run that is in its RLHF loop replaces what died or hangs; 0: it ends", at_least=0
     )
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 

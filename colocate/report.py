@@ -216,10 +216,8 @@ class Report:
             {"prompt": text(b["prompt"]), "before": text(b["tokens"]), "after": text(a["tokens"])}
             for b, a in zip(before[::n], after[::n], strict=True)
         ]
-        first = rows[0]
-        last = rows[-1]
-        text = f"reward {first['reward']:.3f} in step {first['step']}, {last['reward']:.3f} in step {last['step']}"
-        self("step", text)
+        rewards = [f"{row['reward']:.3f} in step {row['step']}" for row in (rows[0], rows[-1])]
+        self("step", f"reward {', '.join(rewards)}")
         if losses := self.data["losses"]:
             self("lost", f"{len(losses)} of --max-restarts {self.config.max_restarts} were needed")
         for sample in self.data["learned"][:2]:

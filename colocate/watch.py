@@ -169,7 +169,7 @@ class Watch:
     def require_ray(self) -> None:
         """Raise Stop if Ray has lost one of its own: a call may hang then, and after a minute Ray ends the driver."""
         if gone := [f"{m} {m.state()}" for m in self.troubled_ray()]:
-            raise Stop(f"lost Ray: {', '.join(gone)}; nothing can be rebuilt without it")
+            raise Stop(f"lost Ray: {', '.join(gone)}; nothing can be replaced without it")
 
     def describe(self, names: Iterable[str]) -> str:
         """The processes whose state says why; all of them if none does."""
