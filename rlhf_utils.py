@@ -114,24 +114,52 @@ class _View(torch.Tensor):
         return self
 
 
-def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Piece:
+    """A part of a weight: the box of the full weight, of shape `full`, that begins at `start`, as large as `tensor`."""
+
+    tensor: torch.Tensor
+    full: tuple[int, ...]
+    start: tuple[int, ...]
+    remote: bool = False  # it lies in another GPU's memory
+
+
+def checkpoint_tensors(
+    model: torch.nn.Module, memory: dict[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor | Piece]]:
     """A transformers model's weights under the names and in the shapes of its checkpoint, as views (no copies).
 
+    Of a parameter that is sharded (a DTensor, as FSDP2 makes them) it gives the Piece that this rank holds, if any.
+    memory: {parameter: where its values are, or this rank's part of them}, for those that lie elsewhere than in the
+    model, for instance since it has masters of another dtype.
     Tied weights come once. transformers 5 renames weights and fuses experts when it loads them; `save_pretrained` takes
     that back, and so does this, with the same function of transformers.
-    Raises HandleError for a weight whose form in the checkpoint cannot be had as a view.
+    Raises NotHandled for a weight whose form in the checkpoint cannot be had as a view.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters = {name: p.detach().as_subclass(_View) for name, p in model.named_parameters()}
-    storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
-    for name, tensor in revert_weight_conversion(model, parameters).items():
-        if tensor.untyped_storage().data_ptr() not in storages:
+    parameters = dict(model.named_parameters())
+    full = {n: torch.empty(p.shape, dtype=p.dtype, device="meta").as_subclass(_View) for n, p in parameters.items()}
+    owners = {_storage(t): name for name, t in full.items()}
+    for name, view in revert_weight_conversion(model, full).items():
+        owner = owners.get(_storage(view))
+        if owner is None:
             raise NotHandled(
                 f"{type(model).__name__} is not handled: transformers keeps {name} in another form than the checkpoint "
                 "has it, so it cannot be shared without a copy"
             )
-        yield name, tensor.as_subclass(torch.Tensor)
+        parameter = parameters[owner]
+        held = (memory or {}).get(owner, parameter).detach()
+        if not hasattr(parameter, "placements"):
+            yield name, _slice(view).of(held)
+            continue
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        box = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        if part := _slice(view).cut(parameter.shape, *box[::-1]):
+            where, local = part
+            held = held.to_local() if hasattr(held, "to_local") else held
+            yield name, Piece(local.of(held), tuple(view.shape), tuple(start for start, _ in where))
 
 
 def share_memory(tensors: Iterable[torch.Tensor]) -> None:
@@ -152,13 +180,14 @@ def share_memory(tensors: Iterable[torch.Tensor]) -> None:
         t.data = target.copy_(t.data)
 
 
-def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
+def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], readers: Sequence[str] = ()) -> dict:
     """Describe tensors so that another process on the same GPU (CPU: same host) can map them.
 
-    Returns plain data that any serializer carries: {"storages": [{...}], "weights": [{"name", "dtype", "shape",
-    "stride", "offset", "storage"}], "checksum"}, strides and offsets in elements. Each storage is exported once,
-    however many tensors view it, because the receiver may open one export only once (torch counts references per
-    export).
+    readers: UUIDs of the GPUs whose workers may map them. Without any, it is the worker on the trainer's own GPU.
+    Returns plain data that any serializer carries: {"readers", "storages": [{...}], "weights": [{"name", "dtype",
+    "shape", "stride", "offset", "storage", "full", "start"}], "checksum"}, strides and offsets in elements. Each
+    storage is exported once for each reader, however many tensors view it, because a receiver may open one export only
+    once (torch counts references per export).
     The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
     Waits for the device: everything launched before this call is in the tensors when it returns.
     """
@@ -167,11 +196,13 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
     index: dict[int, int] = {}
     weights = []
     for name, tensor in named_tensors:
+        piece = tensor if isinstance(tensor, Piece) else Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+        tensor = piece.tensor
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in index:
             index[key] = len(storages)
-            storages.append(_export_storage(storage))
+            storages.append(_export_storage(storage, max(len(readers), 1)))
         weights.append(
             {
                 "name": name,
@@ -180,11 +211,13 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict:
                 "stride": list(tensor.stride()),
                 "offset": tensor.storage_offset(),
                 "storage": index[key],
+                "full": list(piece.full),
+                "start": list(piece.start),
             }
         )
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    message = {"storages": storages, "weights": weights}
+    message = {"readers": list(readers), "storages": storages, "weights": weights}
     return message | {"checksum": checksum(message)}
 
 
@@ -197,15 +230,15 @@ def checksum(message: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=bytes.hex).encode()).hexdigest()
 
 
-def _export_storage(storage: torch.UntypedStorage) -> dict:
+def _export_storage(storage: torch.UntypedStorage, times: int) -> dict:
     # The fields are those of torch.multiprocessing.reductions.reduce_tensor, less its classes and callables:
     # https://github.com/pytorch/pytorch/blob/main/torch/multiprocessing/reductions.py
     if storage.nbytes() == 0:
         return {"kind": "empty", "nbytes": 0}
     if storage.device.type == "cuda":
-        fields = storage._share_cuda_()
         names = ("device", "handle", "nbytes", "offset", "ref_handle", "ref_offset", "event", "event_sync")
-        return {"kind": "cuda", **dict(zip(names, fields, strict=True))}
+        exports = [dict(zip(names, storage._share_cuda_(), strict=True)) for _ in range(times)]
+        return {"kind": "cuda", "nbytes": storage.nbytes(), "exports": exports}
     if not storage.filename:
         raise HandleError(
             "a CPU tensor in private memory cannot be exported. Try: share_memory([...]) before export_handles"
@@ -219,9 +252,10 @@ def _export_storage(storage: torch.UntypedStorage) -> dict:
 
 
 @contextlib.contextmanager
-def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def open_handles(message: dict, device: torch.device, reader: str = "") -> Iterator[dict[str, torch.Tensor]]:
     """Map an exported message as {name: tensor} on `device`; unmap on leaving. No bytes are copied.
 
+    Of a Piece it is the piece. reader: the UUID of this worker's GPU, if the message was exported for several.
     Raises HandleError for whatever `export_handles` cannot have written, before anything is mapped where the
     description shows it.
     """
@@ -229,7 +263,8 @@ def open_handles(message: dict, device: torch.device) -> Iterator[dict[str, torc
         _check_checksum(message)
         for w in message["weights"]:
             _check_extent(w, message["storages"])
-        storages = [_open_storage(s, device) for s in message["storages"]]
+        number = message["readers"].index(reader) if message["readers"] else 0
+        storages = [_open_storage(s, device, number) for s in message["storages"]]
         tensors = {
             w["name"]: torch.empty(0, dtype=DTYPES[w["dtype"]], device=device).set_(
                 storages[w["storage"]], w["offset"], w["shape"], w["stride"]
@@ -284,9 +319,14 @@ def _check_extent(weight: dict, storages: list[dict]) -> None:
     nbytes = storage["nbytes"] if storage["kind"] != "empty" else 0
     if end > nbytes:
         raise HandleError(f"{name}: the tensor ends at byte {end} of a storage of {nbytes}")
+    full, start = weight["full"], weight["start"]
+    if {type(x) for x in (*full, *start)} - {int} or not len(full) == len(start) == len(shape):
+        raise HandleError(f"{name}: full and start must be numbers, as many as the shape has: {weight}")
+    if any(at < 0 or at + n > whole for at, n, whole in zip(start, shape, full, strict=True)):
+        raise HandleError(f"{name}: the piece {shape} at {start} is no part of {full}")
 
 
-def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
+def _open_storage(s: dict, device: torch.device, number: int) -> torch.UntypedStorage:
     if s["kind"] == "empty":
         return torch.UntypedStorage(0, device=device)
     if s["kind"] != device.type:
@@ -298,9 +338,53 @@ def _open_storage(s: dict, device: torch.device) -> torch.UntypedStorage:
             raise HandleError(f"{s['path']!r} has {size} bytes of shared memory, not {s['nbytes']}")
         return torch.UntypedStorage.from_file(s["path"], True, s["nbytes"])
     torch.cuda._lazy_init()
-    # The sender's device index means nothing here: this worker may see more GPUs, or in another order.
+    # The sender's device index means nothing here: this worker may see more GPUs, or in another order. With its own
+    # index it maps memory of another GPU, too, and reads it over NVLink or PCIe.
+    s = s["exports"][number]
     fields = (s["handle"], s["nbytes"], s["offset"], s["ref_handle"], s["ref_offset"], s["event"], s["event_sync"])
     return torch.UntypedStorage._new_shared_cuda(device.index, *fields)
+
+
+@contextlib.contextmanager
+def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict[str, list[Piece]]]:
+    """Map what this GPU's worker may read: {weight: the pieces that make it up}, its own GPU's where it has the choice.
+
+    VERSION is among the weights: its pieces are the version words of all trainers that are read.
+    """
+    with contextlib.ExitStack() as mapping:
+        pieces: dict[str, list[Piece]] = {}
+        for owner in sorted(messages, key=lambda owner: owner != gpu):
+            message = messages[owner]
+            if not _may_read(gpu, owner, message):
+                continue
+            tensors = mapping.enter_context(open_handles(message, device, gpu))
+            for w in message["weights"]:
+                tensor = tensors[w["name"]]
+                piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu)
+                others = pieces.setdefault(w["name"], [])
+                if w["name"] == VERSION or all(
+                    (p.start, p.tensor.shape) != (piece.start, tensor.shape) for p in others
+                ):
+                    others.append(piece)
+        try:
+            yield pieces
+        finally:
+            pieces.clear()
+
+
+def _may_read(gpu: str, owner: str, message: dict) -> bool:
+    return gpu in message["readers"] if message["readers"] else gpu == owner
+
+
+def whole(pieces: list[Piece]) -> torch.Tensor:
+    """The weight: mapped memory if there is one piece, else a tensor of its own."""
+    if pieces[0].tensor.shape == pieces[0].full:
+        return pieces[0].tensor
+    weight = pieces[0].tensor.new_empty(pieces[0].full)
+    for piece in pieces:
+        box = [slice(start, start + n) for start, n in zip(piece.start, piece.tensor.shape, strict=True)]
+        weight[tuple(box)].copy_(piece.tensor)
+    return weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,36 +396,52 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full sh
 
 @_malformed()
 def check_messages(messages: dict, gpu: str) -> Shapes:
-    """The weights in this GPU's message, without VERSION. Raises HandleError, which names the first few offenders.
+    """The weights in these messages, without VERSION. Raises HandleError, which names the first few offenders.
 
-    It does unless all messages are as they were exported and have the same weights: all workers load, or none.
+    It does unless all messages are as they were exported, and each GPU's worker can read all of each weight, each
+    element of it once, pieces that are the same on several GPUs aside: all workers load, or none.
     """
     if gpu not in messages:
         raise HandleError(f"there are handles for {', '.join(messages) or 'no GPU'}, but none for {gpu}")
-    described = {}
     wrong = []
-    for sender, message in messages.items():
+    shapes: Shapes = {}
+    first: dict[str, str] = {}  # sender of each weight's first piece
+    for sender in sorted(messages, key=lambda sender: sender != gpu):
+        message = messages[sender]
         _check_checksum(message)
+        counts = Counter()
         for w in message["weights"]:
             _check_extent(w, message["storages"])
-        counts = Counter(w["name"] for w in message["weights"])
+            name = w["name"]
+            spec = (tuple(w["full"]), DTYPES[w["dtype"]])
+            shape, dtype = shapes.setdefault(name, spec)
+            own = first.setdefault(name, sender)
+            if spec[0] != shape:
+                wrong.append(f"wrong shape: {name}: {spec[0]} ({sender}), and {shape} ({own})")
+            if spec[1] != dtype:
+                wrong.append(f"wrong dtype: {name}: {_name(spec[1])} ({sender}), and {_name(dtype)} ({own})")
+            counts[name] += 1
         wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
-        described[sender] = {w["name"]: (tuple(w["shape"]), DTYPES[w["dtype"]]) for w in message["weights"]}
-    mine = described[gpu]
-    if mine.get(VERSION) != ((), torch.int64):
-        wrong.append(f"missing: {VERSION}: export it beside the weights, an int64 scalar")
-    for sender, theirs in described.items():
-        wrong += [f"missing: {n} ({sender})" for n in mine if n not in theirs]
-        wrong += [f"unexpected: {n} ({sender})" for n in theirs if n not in mine]
-        for name in mine.keys() & theirs.keys():
-            (shape, dtype), (own_shape, own_dtype) = theirs[name], mine[name]
-            if shape != own_shape:
-                wrong.append(f"wrong shape: {name}: {shape} ({sender}), and {own_shape} ({gpu})")
-            if dtype != own_dtype:
-                wrong.append(f"wrong dtype: {name}: {_name(dtype)} ({sender}), and {_name(own_dtype)} ({gpu})")
+        if counts[VERSION] != 1 or shapes[VERSION] != ((), torch.int64):
+            wrong.append(f"missing: {VERSION} ({sender}): export it beside the weights, an int64 scalar")
+    for reader in [] if wrong else messages:
+        boxes: dict[str, set] = {name: set() for name in shapes}
+        for sender, message in messages.items():
+            if _may_read(reader, sender, message):
+                for w in message["weights"]:
+                    boxes[w["name"]].add((tuple(w["start"]), tuple(w["shape"])))
+        for name, (shape, _) in shapes.items():
+            strides = tuple(_strides(shape))
+            parts = [Slice(n, strides, sum(map(math.prod, zip(at, strides, strict=True)))) for at, n in boxes[name]]
+            parts = [part for part in parts if part.numel()]
+            if (count := covered_once(parts, shape)) is None:
+                wrong.append(f"overlapping: {name}: pieces of it ({reader})")
+            elif count != math.prod(shape):
+                some = f", but {count} of {math.prod(shape)} elements" if count else ""
+                wrong.append(f"missing: {name}{some} ({reader})")
     if wrong:
         raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {_some(wrong, 5)}")
-    return {name: spec for name, spec in mine.items() if name != VERSION}
+    return {name: spec for name, spec in shapes.items() if name != VERSION}
 
 
 def _some(texts: list[str], count: int) -> str:
@@ -389,6 +489,34 @@ class Slice:
         corner = whole[tuple(slice(start, stop) for start, stop in box)]
         strides = {s: w for s, w, n in zip(_strides(whole.shape), whole.stride(), whole.shape, strict=True) if n > 1}
         return whole.as_strided(self.size, [strides.get(s, 1) for s in self.stride], corner.storage_offset())
+
+    def cut(
+        self, shape: Sequence[int], start: Sequence[int], size: Sequence[int]
+    ) -> tuple[list[tuple[int, int]], Slice] | None:
+        """What of these elements, which are a tensor of this shape's, lies in one box of it; None if nothing does.
+
+        Returns the (start, stop) in each of this slice's dimensions, and the same elements as a Slice of the box.
+        Raises NotHandled if this slice is no box.
+        """
+        if tuple(size) == tuple(shape):
+            return [(0, n) for n in self.size], self
+        place = {step: d for d, (step, n) in enumerate(zip(_strides(shape), shape, strict=True)) if n > 1}
+        dims = [place.get(step) if n > 1 else None for n, step in zip(self.size, self.stride, strict=True)]
+        if (box := self.box(shape)) is None:
+            raise NotHandled(f"{self} of a sharded weight {tuple(shape)} is not handled")
+        within = [(max(a, at), min(b, at + n)) for (a, b), at, n in zip(box, start, size, strict=True)]
+        if any(a >= b for a, b in within):
+            return None
+        steps = _strides(size)
+        offset = sum((a - at) * step for (a, _), at, step in zip(within, start, steps, strict=True))
+        where = [(0, 1) if d is None else (within[d][0] - box[d][0], within[d][1] - box[d][0]) for d in dims]
+        stride = tuple(1 if d is None else steps[d] for d in dims)
+        return where, Slice(tuple(b - a for a, b in where), stride, offset)
+
+    def narrow(self, where: Sequence[tuple[int, int]]) -> Slice:
+        """The elements from start to stop in each dimension."""
+        offset = self.offset + sum(a * step for (a, _), step in zip(where, self.stride, strict=True))
+        return Slice(tuple(b - a for a, b in where), self.stride, offset)
 
     def numel(self) -> int:
         return math.prod(self.size)
@@ -797,20 +925,27 @@ class CopyPlan:
 
     It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
 
-    weights: {checkpoint name: mapped tensor}; version: the mapped VERSION word.
+    weights: of `open_pieces`, VERSION among them.
     """
 
-    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, torch.Tensor], version):
+    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, list[Piece]]):
         self.model = model
         self.vllm_config = vllm_config
         self.recording = recording
         self.weights = weights
-        self.version = version
+        self.versions = [piece.tensor for piece in weights[VERSION]]
         targets = {n: p.data for n, p in (*model.named_parameters(), *model.named_buffers())}
-        self.copies = [(c.target.of(targets[c.parameter]), c.source.of(weights[c.weight])) for c in recording.copies]
-        self.nbytes = sum(dst.nbytes for dst, _ in self.copies)
-        self.seen = torch.full((2,), -1, dtype=torch.int64, device=version.device)
-        self.graph = self._capture() if version.is_cuda else None
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []  # from another GPU's memory
+        for c in recording.copies:
+            for piece in weights[c.weight]:
+                if part := c.source.cut(piece.full, piece.start, piece.tensor.shape):
+                    where, source = part
+                    copy = (c.target.narrow(where).of(targets[c.parameter]), source.of(piece.tensor))
+                    (self.remote if piece.remote else self.copies).append(copy)
+        self.nbytes = sum(dst.nbytes for dst, _ in (*self.copies, *self.remote))
+        self.seen = torch.full((2, len(self.versions)), -1, dtype=torch.int64, device=self.versions[0].device)
+        self.graph = self._capture() if self.seen.is_cuda else None
 
     def push(self, version: int) -> None:
         """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
@@ -822,44 +957,59 @@ class CopyPlan:
         if self.graph:
             self.graph.replay()
         else:
-            self._copy(self.copies)
+            self._look(0)
+            for dst, src in (*self.copies, *self.remote):
+                dst.copy_(src)
+            self._look(1)
         loaders = self.recording.loaders
         if loaders:
-            chosen = [(n, self.weights[n]) for n in loaders]
+            chosen = ((n, whole(self.weights[n])) for n in loaders)
             _load_weights(self.model, self.vllm_config, chosen, self.recording.reload)
-        seen = self.seen.tolist()  # waits for the copies
+        seen = self.seen.flatten().tolist()  # waits for the copies
         if loaders:
-            seen.append(int(self.version))
+            seen += [int(version) for version in self.versions]
         if set(seen) != {version}:
             raise HandleError(
-                f"the trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, not {version} "
+                f"a trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, not {version} "
                 "(-1: a step is under way): the engine must not be used before a whole push"
             )
 
-    def _copy(self, copies: list, lanes: Sequence[torch.cuda.Stream] = ()) -> None:
-        """All copies, between two looks at the version; over several CUDA streams if there are lanes."""
-        self.seen[0].copy_(self.version)
-        for lane in lanes:
-            lane.wait_stream(torch.cuda.current_stream())
-        for i, (dst, src) in enumerate(copies):
-            with torch.cuda.stream(lanes[i % len(lanes)]) if lanes else contextlib.nullcontext():
-                dst.copy_(src)
-        for lane in lanes:
-            torch.cuda.current_stream().wait_stream(lane)
-        self.seen[1].copy_(self.version)
+    def _look(self, when: int) -> None:
+        for i, version in enumerate(self.versions):
+            self.seen[when, i].copy_(version)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """One CUDA graph of the copies: over 4 streams, since one alone leaves memory idle between copies, the largest
-        first, so that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate."""
+        first, so that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate.
+
+        Copies from other GPUs go beside these in one kernel of few blocks, which NVLink keeps waiting, and which leaves
+        most of the chip to the local ones; kernels of the usual size would take turns with them.
+        """
         graph = torch.cuda.CUDAGraph()
         lanes = [torch.cuda.Stream() for _ in range(4)]
-        copies = [_widened(dst, src) for dst, src in sorted(self.copies, key=lambda c: -c[0].nbytes)]
+        beside = torch.cuda.Stream(priority=-1)
+        table, others = _tiles(self.remote)
+        copies = [_widened(dst, src) for dst, src in sorted([*self.copies, *others], key=lambda c: -c[0].nbytes)]
+        self.table = None if table is None else table.to(self.seen.device)  # as long as the graph
+        if table is not None:
+            _copy_tiles(self.table, 0)  # compiles it, outside of the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             # Other threads of the worker (NCCL's watchdog) may call CUDA meanwhile.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._copy(copies, lanes)
+                self._look(0)
+                for lane in (*lanes, beside):
+                    lane.wait_stream(torch.cuda.current_stream())
+                if table is not None:
+                    with torch.cuda.stream(beside):
+                        _copy_tiles(self.table, len(table))
+                for i, (dst, src) in enumerate(copies):
+                    with torch.cuda.stream(lanes[i % len(lanes)]):
+                        dst.copy_(src)
+                for lane in (*lanes, beside):
+                    torch.cuda.current_stream().wait_stream(lane)
+                self._look(1)
             finally:
                 graph.capture_end()
         return graph
@@ -871,6 +1021,72 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
         with contextlib.suppress(RuntimeError):
             return dst.view(wide), src.view(wide)
     return dst, src
+
+
+TILE = 16_384  # words of 8 bytes
+
+
+def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor | None, list]:
+    """Cut copies into tiles for `_copy_tiles`. Returns the table, and the copies that cannot be cut into 8-byte words.
+
+    The table is int64, (tiles, 6): the addresses of source and target, rows, words in a row, and the strides between
+    rows of source and target, in words.
+    """
+    parts = []
+    others = []
+    for dst, src in copies:
+        try:
+            dst, src = dst.view(torch.int64), src.view(torch.int64)
+        except RuntimeError:
+            others.append((dst, src))
+            continue
+        if dst.is_contiguous() and src.is_contiguous():
+            dst, src = dst.view(1, -1), src.view(1, -1)
+        dst, src = (t.unsqueeze(0) if t.dim() == 1 else t for t in (dst, src))
+        if dst.dim() != 2 or dst.stride(1) != 1 or src.stride(1) != 1:
+            others.append((dst, src))
+            continue
+        rows, words = dst.shape
+        wide = min(words, TILE)
+        high = max(1, TILE // wide)
+        row, column = torch.cartesian_prod(torch.arange(0, rows, high), torch.arange(0, words, wide)).unbind(1)
+        part = torch.empty(len(row), 6, dtype=torch.int64)
+        for i, t in enumerate((src, dst)):
+            part[:, i] = t.data_ptr() + 8 * (row * t.stride(0) + column)
+            part[:, 4 + i] = t.stride(0)
+        part[:, 2] = (rows - row).clamp(max=high)
+        part[:, 3] = (words - column).clamp(max=wide)
+        parts.append(part)
+    return (torch.cat(parts) if parts else None), others
+
+
+def _copy_tiles(table: torch.Tensor, tiles: int) -> None:
+    """Copy so many tiles of the table, on the current stream. The sizes are those that were fastest on two H100s."""
+    _tile_kernel()[(64,)](table, tiles, BLOCK=8192, num_warps=16)
+
+
+@functools.cache
+def _tile_kernel():
+    global tl  # where the compiler looks for it; a machine without a GPU may not have it
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["tiles"])
+    def copy_tiles(table, tiles, BLOCK: tl.constexpr):
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            row = table + 6 * tile
+            src = tl.load(row).to(tl.pointer_type(tl.int64))
+            dst = tl.load(row + 1).to(tl.pointer_type(tl.int64))
+            words = tl.load(row + 3).to(tl.int32)  # 64-bit divisions would take longer than the copy
+            src_stride = tl.load(row + 4)
+            dst_stride = tl.load(row + 5)
+            end = tl.load(row + 2).to(tl.int32) * words
+            for start in range(0, end, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                values = tl.load(src + i // words * src_stride + i % words, mask=i < end)
+                tl.store(dst + i // words * dst_stride + i % words, values, mask=i < end)
+
+    return copy_tiles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,15 +1165,18 @@ class ColocateWorkerExtension:
         """
         recording = self._record(messages)
         start = time.perf_counter()
-        with open_handles(messages[device_uuid(self.device)], self.device) as weights:
+        with open_pieces(messages, device_uuid(self.device), self.device) as weights:
             opened = time.perf_counter()
-            word = weights.pop(VERSION)
-            version = int(word)
-            _load_weights(self.get_model(), self.vllm_config, weights.items(), recording.reload)
-            nbytes = sum(w.nbytes for w in weights.values())
+            words = [piece.tensor for piece in weights.pop(VERSION)]
+            versions = {int(word) for word in words}
+            loaded = ((name, whole(pieces)) for name, pieces in weights.items())
+            _load_weights(self.get_model(), self.vllm_config, loaded, recording.reload)
+            nbytes = sum(piece.tensor.nbytes for pieces in weights.values() for piece in pieces)
             count = len(weights)
-            if version < 0 or int(word) != version:  # the loaders are done when this is read
-                raise HandleError(f"the trainer changed its weights during the push, from version {version}")
+            # The loaders are done when these are read.
+            if len(versions) > 1 or min(versions) < 0 or {int(word) for word in words} != versions:
+                raise HandleError(f"a trainer changed its weights during the push, from version {sorted(versions)}")
+            (version,) = versions
         return {
             "version": version,
             "weights": count,
@@ -970,8 +1189,9 @@ class ColocateWorkerExtension:
         """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
         It writes no parameter: the first push does. The engine must be awake. An earlier connection ends with the call.
-        Returns {"version", "weights", "copies", "bytes", "loaders", "open_ms", "record_ms"}: the trainer's version, how
-        many copies a push replays, their bytes, and the names of the weights that it must take through vLLM's loaders.
+        Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "open_ms", "record_ms"}: the
+        trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, and the
+        names of the weights that it must take through vLLM's loaders.
         Raises HandleError unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
@@ -979,18 +1199,18 @@ class ColocateWorkerExtension:
         recording = self._record(messages)
         recorded = time.perf_counter()
         with contextlib.ExitStack() as mapping:
-            weights = mapping.enter_context(open_handles(messages[device_uuid(self.device)], self.device))
+            weights = mapping.enter_context(open_pieces(messages, device_uuid(self.device), self.device))
             opened = time.perf_counter()
-            version = weights.pop(VERSION)
-            plan = CopyPlan(self.get_model(), self.vllm_config, recording, weights, version)
+            plan = CopyPlan(self.get_model(), self.vllm_config, recording, weights)
             self._plan = plan
             self._mapping = mapping.pop_all()
         bound = time.perf_counter()
         return {
-            "version": int(version),
-            "weights": len(weights),
-            "copies": len(plan.copies),
+            "version": int(plan.versions[0]),
+            "weights": len(weights) - 1,
+            "copies": len(plan.copies) + len(plan.remote),
             "bytes": plan.nbytes,
+            "remote_bytes": sum(dst.nbytes for dst, _ in plan.remote),
             "loaders": recording.loaders,
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),

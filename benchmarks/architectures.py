@@ -194,7 +194,9 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         found["uncovered"] = uncovered(layout, parameters)
         # The recorded plan must bring in new values exactly as the loaders bring them.
         recording = u.record_loaders(model, config.model_config, shapes, world)
-        plan = u.CopyPlan(model, config, recording, weights, version)
+        named = weights | {u.VERSION: version}
+        pieces = {n: [u.Piece(t, tuple(t.shape), (0,) * t.dim())] for n, t in named.items()}
+        plan = u.CopyPlan(model, config, recording, pieces)
         found["copies"], found["loaders"] = len(plan.copies), len(recording.loaders)
         change(1)
         load()

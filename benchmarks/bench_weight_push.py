@@ -144,7 +144,9 @@ def main() -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--pushes", type=int, default=30, help="counted pushes per method (default: 30)")
     parser.add_argument("--warmup", type=int, default=3, help="pushes per method before them (default: 3)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside recorded; default: all that run")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="beside recorded; default: all that run"
+    )
     parser.add_argument("--soak", type=int, default=0, help="recorded pushes in a row afterwards (default: 0)")
     parser.add_argument("--output", required=True, help="JSON; rows are added to those already in it")
     args = parser.parse_args()

@@ -221,17 +221,18 @@ def test_checkpoint_tensors_are_views_with_the_names_of_the_checkpoint(tmp_path,
 
 def check(*weights: dict, others: tuple[dict, ...] | None = None) -> rlhf_utils.Shapes:
     storages = [{"kind": "cpu", "nbytes": 48}, {"kind": "cpu", "nbytes": 8}]
-    messages = {"GPU-1": {"storages": storages, "weights": list(weights)}}
+    messages = {"GPU-1": {"readers": [], "storages": storages, "weights": list(weights)}}
     if others is not None:
-        messages["GPU-2"] = {"storages": storages, "weights": list(others)}
+        messages["GPU-2"] = {"readers": [], "storages": storages, "weights": list(others)}
     return check_messages({gpu: m | {"checksum": checksum(m)} for gpu, m in messages.items()}, "GPU-1")
 
 
 def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
-    return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0}
+    whole = {"full": list(shape), "start": [0] * len(shape)}
+    return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0} | whole
 
 
-VERSION = {"name": rlhf_utils.VERSION, "shape": [], "stride": [], "dtype": "int64", "offset": 0, "storage": 1}
+VERSION = weight(rlhf_utils.VERSION, (), "int64") | {"stride": [], "storage": 1}
 
 
 def test_a_complete_message_is_accepted():
@@ -258,7 +259,7 @@ def test_a_message_for_another_gpu_is_refused():
 
 
 def test_a_changed_message_is_refused():
-    message = {"storages": [], "weights": []}
+    message = {"readers": [], "storages": [], "weights": []}
     with pytest.raises(HandleError, match="checksum differs"):
         check_messages({"GPU-1": message | {"checksum": checksum(message) + "0"}}, "GPU-1")
 
@@ -267,7 +268,7 @@ def test_a_changed_message_is_refused():
     ("theirs", "says"),
     [
         ([weight("a")], r"missing: b \(GPU-2\)"),
-        ([weight("a"), weight("b"), weight("c")], r"unexpected: c \(GPU-2\)"),
+        ([weight("a"), weight("b"), weight("c")], r"missing: c \(GPU-1\)"),
         ([weight("a"), weight("b"), weight("a")], r"duplicate: a \(GPU-2\)"),
         ([weight("a"), weight("b", (3, 4))], r"wrong shape: b: \(3, 4\) \(GPU-2\), and \(4, 3\)"),
         ([weight("a"), weight("b", dtype="bfloat16")], r"wrong dtype: b: bfloat16 \(GPU-2\), and float32"),

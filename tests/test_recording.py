@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_utils import ColocateWorkerExtension, CopyPlan, HandleError, NotHandled, Slice, covered_once, record_loaders
+from rlhf_utils import (
+    VERSION,
+    ColocateWorkerExtension,
+    CopyPlan,
+    HandleError,
+    NotHandled,
+    Piece,
+    Slice,
+    covered_once,
+    record_loaders,
+)
 
 BF16 = SimpleNamespace(dtype=torch.bfloat16)  # what a 16-bit model's configuration says
 
@@ -34,6 +44,11 @@ def plainly(model: Model, name: str, weight: torch.Tensor) -> None:
     target.data.copy_(weight)
 
 
+def pieces(values: dict[str, torch.Tensor], version: torch.Tensor) -> dict[str, list[Piece]]:
+    """Whole weights, as a trainer that is not sharded has them."""
+    return {n: [Piece(t, tuple(t.shape), (0,) * t.dim())] for n, t in (values | {VERSION: version}).items()}
+
+
 def weights(**shapes) -> dict:
     return {name: (shape, torch.float32) for name, shape in shapes.items()}
 
@@ -57,7 +72,7 @@ def push(load, given: dict = THREE, order=lambda w: w) -> tuple[Model, dict[str,
     model = Model(load)
     values = {n: order(torch.randn(shape)) for n, (shape, _) in given.items()}
     recording = record_loaders(model, BF16, given, 1)
-    plan = CopyPlan(model, None, recording, values, torch.tensor(5))
+    plan = CopyPlan(model, None, recording, pieces(values, torch.tensor(5)))
     plan.push(5)
     return model, values, plan
 
@@ -283,7 +298,7 @@ def test_a_push_of_another_version_is_refused():
     values = {n: torch.randn(shape) for n, (shape, _) in THREE.items()}
     model = Model(plainly)
     version = torch.tensor(5)
-    plan = CopyPlan(model, None, record_loaders(model, BF16, THREE, 1), values, version)
+    plan = CopyPlan(model, None, record_loaders(model, BF16, THREE, 1), pieces(values, version))
     plan.push(5)
     with pytest.raises(HandleError, match="at version 5, not 6"):
         plan.push(6)

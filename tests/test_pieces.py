@@ -1,0 +1,279 @@
+"""Pushes out of sharded weights: each worker reads the pieces that it needs. No vLLM, no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running import deadline
+
+import rlhf_utils as u
+from rlhf_utils import VERSION, HandleError, NotHandled, Piece, Slice
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {"q": (6, 8), "k": (2, 8), "v": (2, 8), "o": (8, 6), "norm": (7,), "scale": ()}
+SPARE = {"pipeline_parallel_size": 1, "enable_expert_parallel": False, "enable_eplb": False}
+
+
+class Model(torch.nn.Module):
+    """q, k and v become one parameter, o is transposed."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"qkv": (10, 8), "o": (6, 8), "norm": (7,), "scale": ()}.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    def load_weights(self, weights) -> None:
+        for name, weight in weights:
+            rows = {"q": slice(0, 6), "k": slice(6, 8), "v": slice(8, 10)}.get(name)
+            if rows:
+                self.qkv.data[rows].copy_(weight)
+            else:
+                getattr(self, name).data.copy_(weight.t() if name == "o" else weight)
+
+
+class Worker(u.ColocateWorkerExtension):
+    device = torch.device("cpu")  # without Ray, its UUID is "cpu"
+    rank = 0
+    model_config = SimpleNamespace(dtype=torch.float32)
+    vllm_config = None
+    parallel_config = SimpleNamespace(tensor_parallel_size=1, **SPARE)
+
+    def __init__(self):
+        self.model = Model()
+
+    def get_model(self) -> Model:
+        return self.model
+
+    def holds(self, full: dict[str, torch.Tensor]) -> bool:
+        expected = Model()
+        expected.load_weights(full.items())
+        return all(torch.equal(a, b) for a, b in zip(self.model.parameters(), expected.parameters(), strict=True))
+
+
+class Shards:
+    """So many trainers, each with its piece of each weight, and the full weights to compare with."""
+
+    def __init__(self, count: int, dims: dict[str, int] | None = None):
+        torch.manual_seed(0)
+        self.full = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+        self.versions = [torch.tensor(5) for _ in range(count)]
+        self.pieces: list[dict[str, Piece]] = [{} for _ in range(count)]
+        for name, weight in self.full.items():
+            dim = (dims or {}).get(name, 0)
+            parts = weight.tensor_split(count, dim) if weight.dim() else [weight]  # uneven: the first ones get more
+            start = 0
+            for trainer, part in zip(self.pieces, parts, strict=False):
+                at = [0] * weight.dim()
+                if weight.dim():
+                    at[dim] = start
+                    start += part.shape[dim]
+                trainer[name] = Piece(part.clone(), tuple(weight.shape), tuple(at))
+        u.share_memory([p.tensor for trainer in self.pieces for p in trainer.values()] + self.versions)
+        self.names = ["cpu", *(f"GPU-{i}" for i in range(1, count))]
+
+    def messages(self) -> dict:
+        named = zip(self.names, self.pieces, self.versions, strict=True)
+        return {gpu: u.export_handles([*p.items(), (VERSION, version)], self.names) for gpu, p, version in named}
+
+    def change(self) -> None:
+        for name, weight in self.full.items():
+            weight.normal_()
+            for trainer in self.pieces:
+                if piece := trainer.get(name):
+                    box = [slice(a, a + n) for a, n in zip(piece.start, piece.tensor.shape, strict=True)]
+                    piece.tensor.copy_(weight[tuple(box)])
+        for version in self.versions:
+            version.add_(1)
+
+
+@pytest.mark.parametrize("dims", [{}, {"q": 1, "o": 1}, {"k": 1, "v": 1, "q": 1}], ids=["rows", "q and o", "qkv"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_push_out_of_shards_does_what_one_out_of_a_replica_does(count, dims):
+    shards = Shards(count, dims)
+    worker = Worker()
+    connected = worker.connect_weights(shards.messages())
+    assert (connected["remote_bytes"] > 0) == (count > 1)
+    for version in (6, 7):
+        shards.change()
+        pushed = worker.push_weights(version)
+        assert pushed["bytes"] == 4 * sum(w.numel() for w in shards.full.values())
+        assert worker.holds(shards.full)
+    shards.change()
+    assert worker.update_weights_from_ipc_handles(shards.messages())["version"] == 8
+    assert worker.holds(shards.full)
+    worker.disconnect_weights()
+
+
+def test_pieces_that_several_gpus_hold_are_read_once_and_from_the_own_gpu():
+    shards = Shards(2)
+    shards.pieces[1] |= {name: shards.pieces[0][name] for name in ("norm", "q")}  # replicas of the first's
+    shards.pieces[1]["norm"] = shards.pieces[0]["norm"] = whole = Piece(shards.full["norm"].clone(), (7,), (0,))
+    u.share_memory([whole.tensor])
+    worker = Worker()
+    messages = shards.messages()
+    for message in messages.values():
+        message["weights"] = [w for w in message["weights"] if w["name"] != "q" or w["start"] == [0, 0]]
+    with pytest.raises(HandleError, match=r"missing: q, but 24 of 48 elements \(cpu\)"):
+        worker.connect_weights({gpu: m | {"checksum": u.checksum(m)} for gpu, m in messages.items()})
+    shards = Shards(2)
+    shards.pieces[1]["scale"] = shards.pieces[0]["scale"]
+    shards.pieces[0]["norm"] = shards.pieces[1]["norm"] = whole
+    worker.connect_weights(shards.messages())
+    assert [p.remote for p in worker._plan.weights["norm"]] == [False]
+    assert [p.remote for p in worker._plan.weights["q"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pieces[1].pop("q"), r"missing: q, but 24 of 48 elements \(cpu\)"),
+        (lambda s: [p.pop("norm") for p in s.pieces], "missing: norm"),
+        (lambda s: move(s, "q", (2, 0)), r"overlapping: q: pieces of it \(cpu\)"),
+        (lambda s: move(s, "q", (4, 0)), r"q: the piece \[3, 8\] at \[4, 0\] is no part of \[6, 8\]"),
+        (lambda s: move(s, "q", (3, 0), full=(7, 8)), r"wrong shape: q: \(7, 8\) \(GPU-1\), and \(6, 8\) \(cpu\)"),
+    ],
+)
+def test_pieces_that_do_not_make_up_the_weights_are_refused_by_name(change, says):
+    shards = Shards(2)
+    change(shards)
+    worker = Worker()
+    for method in (worker.connect_weights, worker.update_weights_from_ipc_handles):
+        with pytest.raises(HandleError, match=says):
+            method(shards.messages())
+    assert not any(p.any() for p in worker.model.parameters()), "nothing was loaded"
+
+
+def move(shards: Shards, name: str, start: tuple, full: tuple | None = None) -> None:
+    piece = shards.pieces[1][name]
+    shards.pieces[1][name] = Piece(piece.tensor, full or piece.full, start)
+
+
+def test_one_trainer_at_another_version_is_enough():
+    shards = Shards(2)
+    worker = Worker()
+    worker.connect_weights(shards.messages())
+    shards.versions[1].fill_(4)
+    with pytest.raises(HandleError, match="a trainer has weights at version 5 then 4, not 5"):
+        worker.push_weights(5)
+    with pytest.raises(HandleError, match=r"during the push, from version \[4, 5\]"):
+        worker.update_weights_from_ipc_handles(shards.messages())
+
+
+def test_a_message_for_other_gpus_only_is_not_read():
+    shards = Shards(2)
+    messages = shards.messages()
+    messages["GPU-1"] = u.export_handles([*shards.pieces[1].items(), (VERSION, shards.versions[1])], ["GPU-1"])
+    with pytest.raises(HandleError, match=r"missing: q, but 24 of 48 elements \(cpu\)"):
+        Worker().connect_weights(messages)
+
+
+def test_the_parts_of_a_slice_in_a_box():
+    """Against indexing, for views of a 3-dimensional tensor: cut, transposed, with a dimension taken out."""
+    full = torch.arange(5 * 6 * 7).view(5, 6, 7)
+    views = [
+        full,
+        full[1:4, 2:6, 1:5],
+        full.transpose(0, 2),
+        full[2],
+        full[:, 3].t(),
+        full[1:2, :, 2:3],
+        full[3, 1, 2:],
+    ]
+    boxes = [((0, 0, 0), (5, 6, 7)), ((0, 0, 0), (3, 6, 7)), ((2, 1, 0), (2, 5, 7)), ((0, 3, 4), (5, 1, 3))]
+    for view in views:
+        found = Slice(tuple(view.shape), view.stride(), view.storage_offset())
+        seen: set[int] = set()
+        for start, size in boxes:
+            box = full[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].contiguous()
+            part = found.cut(full.shape, start, size)
+            expected = {*view.flatten().tolist()} & {*box.flatten().tolist()}
+            if part is None:
+                assert not expected
+                continue
+            where, inner = part
+            piece = inner.of(box)
+            assert torch.equal(piece, found.narrow(where).of(full))
+            assert {*piece.flatten().tolist()} == expected
+            seen |= expected
+        assert seen == {*view.flatten().tolist()}, "the first box is the whole"
+
+
+def test_a_slice_that_is_no_box_cannot_be_sharded():
+    diagonal = Slice((3,), (9,), 0)
+    assert diagonal.cut((8, 8), (0, 0), (8, 8)), "out of a replica it can be copied"
+    with pytest.raises(NotHandled, match="of a sharded weight"):
+        diagonal.cut((8, 8), (0, 0), (4, 8))
+
+
+def test_tiles_are_the_copies():
+    """The kernel's table, read by memmove: no tile is larger than it may be, and together they are the copies."""
+    torch.manual_seed(0)
+    source = torch.randn(300, 2000).to(torch.bfloat16)
+    pairs = [(torch.zeros(300, 2000), source), (torch.zeros(300, 800), source[:, 400:1200])]
+    pairs += [
+        (torch.zeros(100_000), torch.randn(100_000).to(torch.bfloat16)),
+        (torch.zeros(120, 40), source[20:140, :40]),
+    ]
+    pairs = [(dst.to(torch.bfloat16), src) for dst, src in pairs]
+    odd = (torch.zeros(3, dtype=torch.bfloat16), source[0, :3])  # no whole words
+    turned = (torch.zeros(2000, 300, dtype=torch.bfloat16), source.t())
+    table, others = u._tiles([*pairs, odd, turned])
+    assert [dst.shape for dst, _ in others] == [(3,), (2000, 300)]
+    for src, dst, rows, words, src_stride, dst_stride in table.tolist():
+        assert 0 < rows * words <= u.TILE
+        for row in range(rows):
+            ctypes.memmove(dst + 8 * row * dst_stride, src + 8 * row * src_stride, 8 * words)
+    assert all(torch.equal(dst, src) for dst, src in pairs)
+    assert u._tiles([odd]) == (None, [odd])
+
+
+# Two ranks of a model that FSDP2 has sharded write what they would export.
+RANK = """
+import sys, torch, rlhf_utils
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+moved = {n: p.to_local().to(torch.bfloat16) for n, p in model.named_parameters()}
+for where, memory in (("model", None), ("memory", moved)):
+    found = {n: (p.tensor, p.full, p.start) for n, p in rlhf_utils.checkpoint_tensors(model, memory)}
+    torch.save(found, f"{folder}/{where}-{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+QWEN2 = {"model_type": "qwen2", "vocab_size": 65, "tie_word_embeddings": True}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("extra", [QWEN2, QWEN3_MOE], ids=lambda e: e["model_type"])
+def test_fsdp_trainers_give_the_pieces_of_the_checkpoint(tmp_path, extra):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape | extra))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANK, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], env=env) for rank in range(2)]
+    assert [rank.wait(timeout=deadline(120)) for rank in ranks] == [0, 0]
+    for where, dtype in (("model", torch.float32), ("memory", torch.bfloat16)):
+        found = [torch.load(tmp_path / f"{where}-{rank}.pt") for rank in range(2)]
+        assert found[0].keys() | found[1].keys() == saved.keys()
+        for name, weight in saved.items():
+            pieces = [Piece(*rank[name]) for rank in found if name in rank]
+            assert torch.equal(u.whole(pieces), weight.to(dtype)), name
+            assert sum(p.tensor.numel() for p in pieces) == weight.numel()
