@@ -401,8 +401,9 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
     It does unless all messages are as they were exported, and each GPU's worker can read all of each weight, each
     element of it once, pieces that are the same on several GPUs aside: all workers load, or none.
     """
-    if gpu not in messages:
-        raise HandleError(f"there are handles for {', '.join(messages) or 'no GPU'}, but none for {gpu}")
+    readers = list(dict.fromkeys(gpu for owner, m in messages.items() for gpu in m.get("readers") or [owner]))
+    if gpu not in readers:
+        raise HandleError(f"there are handles for {', '.join(readers) or 'no GPU'}, but none for {gpu}")
     wrong = []
     shapes: Shapes = {}
     first: dict[str, str] = {}  # sender of each weight's first piece
@@ -424,7 +425,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
         if counts[VERSION] != 1 or shapes[VERSION] != ((), torch.int64):
             wrong.append(f"missing: {VERSION} ({sender}): export it beside the weights, an int64 scalar")
-    for reader in [] if wrong else messages:
+    for reader in [] if wrong else readers:
         boxes: dict[str, set] = {name: set() for name in shapes}
         for sender, message in messages.items():
             if _may_read(reader, sender, message):

@@ -375,9 +375,9 @@ def corrupt(worker, messages: dict, fault: str) -> None:
         parameter.data.view(rlhf_utils.BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
         return
     tp_size = worker.parallel_config.tensor_parallel_size
-    with rlhf_utils.open_handles(messages[rlhf_utils.device_uuid(worker.device)], worker.device) as weights:
+    with rlhf_utils.open_pieces(messages, rlhf_utils.device_uuid(worker.device), worker.device) as weights:
         for name, parameter in parameters.items():
-            weight = weights.get(name)
+            weight = rlhf_utils.whole(weights[name]) if name in weights else None
             # A row-parallel layer: its columns are cut, and nothing else is done to them.
             if weight is not None and parameter.shape == (weight.shape[0], weight.shape[-1] // tp_size) != weight.shape:
                 parameter.data.copy_(weight.chunk(tp_size, 1)[1])
@@ -620,8 +620,8 @@ def damage(messages: dict[str, dict]) -> None:
         for storage in message["storages"]:
             if "path" in storage:
                 storage["path"] = storage["path"].replace("fd/", "fd/9")
-            if "handle" in storage:
-                storage["handle"] = bytes(b ^ 0x5A for b in storage["handle"])
+            for export in storage.get("exports", []):
+                export["handle"] = bytes(b ^ 0x5A for b in export["handle"])
         message["checksum"] = rlhf_utils.checksum(message)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import BITS, VERSION, HandleError, device_uuid, digest, open_handles
+from rlhf_utils import BITS, VERSION, HandleError, Piece, device_uuid, digest, open_pieces, whole
 
 
 @dataclass(frozen=True)
@@ -274,14 +274,14 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
     elements by parameter (see Layout).
     """
-    layout = expected_layout(worker.get_model(), [w["name"] for w in messages[device_uuid(worker.device)]["weights"]])
-    with open_handles(messages[device_uuid(worker.device)], worker.device) as weights:
+    gpu = device_uuid(worker.device)
+    with open_pieces(messages, gpu, worker.device) as weights:
         weights.pop(VERSION)
-        transport = [n for n in {**weights, **digests} if n not in weights or digest(weights[n]) != digests.get(n)]
-        checked, wrong = compare_elements(worker.get_model(), layout, weights)
+        layout = expected_layout(worker.get_model(), weights)
+        transport, checked, wrong = compare_weights(worker.get_model(), layout, weights, digests)
         count = len(weights)
     return {
-        "gpu": device_uuid(worker.device),
+        "gpu": gpu,
         "tp_rank": worker.rank,
         "transport": {"checked": count, "wrong": sorted(transport)},
         "placement": {
@@ -294,13 +294,26 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     }
 
 
-def compare_elements(model, layout: Layout, weights: dict[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
-    """Parameter elements against what they must be: how many, and {parameter: how many are wrong}."""
-    parameters = dict(model.named_parameters())
+def compare_weights(
+    model, layout: Layout, weights: dict[str, list[Piece]], digests: dict[str, str]
+) -> tuple[list[str], int, dict[str, int]]:
+    """(weights that did not arrive as they were sent, parameter elements compared, {parameter: how many are wrong}).
+
+    One weight after the other, since one that is sharded is put together for this.
+    """
+    regions: dict[str, list[Region]] = {name: [] for name in {**weights, **digests}}
+    for region in layout.regions:
+        regions.setdefault(region.weight, []).append(region)
+    parameters = {name: p.data for name, p in model.named_parameters()}
+    transport = []
     checked = 0
     wrong = Counter()
-    for r in (r for r in layout.regions if r.dst is not None):
-        have = parameters[r.parameter].data[r.dst]
-        checked += have.numel()
-        wrong[r.parameter] += differing(have, r.source(weights[r.weight])) if r.weight in weights else have.numel()
-    return checked, dict(+wrong)
+    for name, belonging in regions.items():
+        weight = whole(weights[name]) if name in weights else None
+        if weight is None or digest(weight) != digests.get(name):
+            transport.append(name)
+        for region in (r for r in belonging if r.dst is not None):
+            have = parameters[region.parameter][region.dst]
+            checked += have.numel()
+            wrong[region.parameter] += have.numel() if weight is None else differing(have, region.source(weight))
+    return transport, checked, dict(+wrong)

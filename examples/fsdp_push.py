@@ -1,0 +1,123 @@
+"""Push out of FSDP2's shards: two trainers, each with half of every weight, and one `vllm.LLM` with TP=2 on their GPUs.
+
+    python fsdp_push.py FOLDER        a Hugging Face checkpoint, for instance Qwen2.5-0.5B; two GPUs, or none (CPU)
+
+No Ray, and of ours only rlhf_utils.py, which lies beside this file, or one folder above. No weight is gathered: each
+worker reads the pieces that it needs where they lie, the other GPU's over NVLink.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import rlhf_utils
+
+if not torch.version.cuda:  # vLLM's CPU build. Its processes import this file, too, or are forked from this one
+    os.environ["RLHF_COLOCATE_ROLE"] = "engine"
+    rlhf_utils.preload_engine_process()  # keeps vLLM's layers plain, as they are on a GPU
+
+import transformers
+import vllm
+
+CUDA = bool(torch.version.cuda)
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+
+def train(rank: int, folder: str, store: str, pipe) -> None:
+    """A trainer's process: float32 masters in shards, and a copy of the shards in the engine's dtype to push from."""
+    from torch.distributed.fsdp import fully_shard
+
+    device = torch.device("cuda", rank) if CUDA else torch.device("cpu")
+    torch.distributed.init_process_group("nccl" if CUDA else "gloo", f"file://{store}", rank=rank, world_size=2)
+    if CUDA:
+        torch.cuda.set_device(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    for layer in model.base_model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    masters = {name: p.to_local().detach() for name, p in model.named_parameters()}
+    memory = {name: p.to(DTYPE, copy=True) for name, p in masters.items()}  # its addresses stay the same
+    version = torch.zeros((), dtype=torch.int64, device=device)
+    if not CUDA:
+        rlhf_utils.share_memory([*memory.values(), version])
+    readers = [None, None]
+    torch.distributed.all_gather_object(readers, rlhf_utils.device_uuid(device))
+    torch.manual_seed(rank)
+    while (step := pipe.recv()) != "end":
+        if step == "handles":  # new ones for each use: one export may be opened once only
+            pieces = [*rlhf_utils.checkpoint_tensors(model, memory), (rlhf_utils.VERSION, version)]
+            name = readers[rank] if CUDA else f"trainer {rank}"
+            pipe.send((name, rlhf_utils.export_handles(pieces, list(dict.fromkeys(readers)))))
+            continue
+        version.fill_(-1)  # the weights are changing: a push now is refused
+        for master in masters.values():  # your optimizer's step on the shards
+            master.add_(0.1 * master.std(unbiased=False) * torch.randn_like(master))
+        torch._foreach_copy_(list(memory.values()), list(masters.values()))
+        version.fill_(step)
+        if CUDA:
+            torch.cuda.synchronize()
+        pipe.send({n: rlhf_utils.digest(p.full_tensor().to(DTYPE)) for n, p in model.named_parameters()})
+    torch.distributed.destroy_process_group()
+
+
+def compare(worker, messages: dict) -> dict:
+    """On a worker: digests of the weights as it reads them, and of the engine's parameters."""
+    with rlhf_utils.open_pieces(messages, rlhf_utils.device_uuid(worker.device), worker.device) as weights:
+        mapped = {name: rlhf_utils.digest(rlhf_utils.whole(pieces)) for name, pieces in weights.items()}
+    return {"mapped": mapped, "held": {n: rlhf_utils.digest(p) for n, p in worker.get_model().named_parameters()}}
+
+
+def main(folder: str) -> int:
+    # Before the trainers: it measures free memory.
+    options = {"gpu_memory_utilization": 0.4, "max_model_len": 256, "enforce_eager": True, "tensor_parallel_size": 2}
+    options |= {"worker_extension_cls": "rlhf_utils.ColocateWorkerExtension", "dtype": str(DTYPE).split(".")[1]}
+    llm = vllm.LLM(folder, **options)
+    store = tempfile.mkdtemp() + "/store"  # where the trainers meet
+    context = torch.multiprocessing.get_context("spawn")
+    pipes, theirs = zip(*(context.Pipe() for _ in range(2)), strict=True)
+    trainers = [context.Process(target=train, args=(i, folder, store, theirs[i]), daemon=True) for i in range(2)]
+    for trainer in trainers:
+        trainer.start()
+
+    def ask(what) -> list:
+        for pipe in pipes:
+            pipe.send(what)
+        return [pipe.recv() for pipe in pipes]
+
+    # Once: each worker maps all pieces, and records what vLLM's loaders do with the weights.
+    connected = rlhf_utils.call_workers(llm, "connect_weights", dict(ask("handles")))
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=12)
+    for step in range(1, 4):
+        (output,) = llm.generate("The capital of France is", greedy, use_tqdm=False)
+        print(f"version {step - 1}: {output.outputs[0].text!r}")
+        sent, _ = ask(step)
+        workers = rlhf_utils.call_workers(llm, "push_weights", step)
+        assert llm.reset_prefix_cache(), "requests are still running"
+        remote = sum(w["remote_bytes"] for w in connected) / sum(w["bytes"] for w in workers)
+        print(
+            f"pushed {sum(w['bytes'] for w in workers) / 1e6:.0f} MB, {remote:.0%} of it from the other GPU, in",
+            end=" ",
+        )
+        print(f"{max(w['copy_ms'] for w in workers):.2f} ms")
+
+    # Not at each step: what arrives is the trainers', and vLLM's own loaders would have made the same of it.
+    pushed = rlhf_utils.call_workers(llm, "fsdp_push:compare", dict(ask("handles")))
+    rlhf_utils.call_workers(llm, "update_weights_from_ipc_handles", dict(ask("handles")))
+    loaded = rlhf_utils.call_workers(llm, "fsdp_push:compare", dict(ask("handles")))
+    wrong = [n for worker in pushed for n, d in sent.items() if worker["mapped"].get(n) != d]
+    wrong += [n for a, b in zip(pushed, loaded, strict=True) for n in a["held"] if a["held"][n] != b["held"][n]]
+    print(f"{sum(len(w['held']) for w in pushed)} parameters compared, wrong: {', '.join(wrong) or 'none'}")
+    for pipe in pipes:
+        pipe.send("end")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1]))
