@@ -2,8 +2,8 @@
 
     python fsdp_push.py FOLDER        a Hugging Face checkpoint, for instance Qwen2.5-0.5B; two GPUs, or none (CPU)
 
-No Ray, and of ours only rlhf_utils.py, which lies beside this file, or one folder above. No weight is gathered: each
-worker reads the pieces that it needs where they lie, the other GPU's over NVLink.
+Of ours only rlhf_utils.py, beside this file or one folder above. No weight is gathered: each worker reads the pieces
+that it needs where they lie, the other GPU's over NVLink.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import rlhf_utils
 
@@ -29,9 +30,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
 def train(rank: int, folder: str, store: str, pipe) -> None:
-    """A trainer's process: float32 masters in shards, and a copy of the shards in the engine's dtype to push from."""
-    from torch.distributed.fsdp import fully_shard
-
+    """A trainer's process: float32 masters in shards, and what engines read, a copy of these in the engine's dtype."""
     device = torch.device("cuda", rank) if CUDA else torch.device("cpu")
     torch.distributed.init_process_group("nccl" if CUDA else "gloo", f"file://{store}", rank=rank, world_size=2)
     if CUDA:
@@ -41,14 +40,14 @@ def train(rank: int, folder: str, store: str, pipe) -> None:
         fully_shard(layer)
     fully_shard(model)
     masters = {name: p.to_local().detach() for name, p in model.named_parameters()}
-    memory = {name: p.to(DTYPE, copy=True) for name, p in masters.items()}  # its addresses stay the same
+    memory = {name: p.to(DTYPE, copy=True) for name, p in masters.items()}  # stays where it is
     version = torch.zeros((), dtype=torch.int64, device=device)
     if not CUDA:
         rlhf_utils.share_memory([*memory.values(), version])
     readers = [None, None]
     torch.distributed.all_gather_object(readers, rlhf_utils.device_uuid(device))
     torch.manual_seed(rank)
-    while (step := pipe.recv()) != "end":
+    while step := pipe.recv():
         if step == "handles":  # new ones for each use: one export may be opened once only
             pieces = [*rlhf_utils.checkpoint_tensors(model, memory), (rlhf_utils.VERSION, version)]
             name = readers[rank] if CUDA else f"trainer {rank}"
@@ -62,7 +61,6 @@ def train(rank: int, folder: str, store: str, pipe) -> None:
         if CUDA:
             torch.cuda.synchronize()
         pipe.send({n: rlhf_utils.digest(p.full_tensor().to(DTYPE)) for n, p in model.named_parameters()})
-    torch.distributed.destroy_process_group()
 
 
 def compare(worker, messages: dict) -> dict:
@@ -73,16 +71,15 @@ def compare(worker, messages: dict) -> dict:
 
 
 def main(folder: str) -> int:
-    # Before the trainers: it measures free memory.
-    options = {"gpu_memory_utilization": 0.4, "max_model_len": 256, "enforce_eager": True, "tensor_parallel_size": 2}
-    options |= {"worker_extension_cls": "rlhf_utils.ColocateWorkerExtension", "dtype": str(DTYPE).split(".")[1]}
-    llm = vllm.LLM(folder, **options)
+    # Before the trainers: it measures free memory. Its prompts are token ids.
+    options = {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.4, "max_model_len": 256, "enforce_eager": True}
+    options |= {"worker_extension_cls": "rlhf_utils.ColocateWorkerExtension", "dtype": str(DTYPE)[6:]}
+    llm = vllm.LLM(folder, tensor_parallel_size=2, **options)
     store = tempfile.mkdtemp() + "/store"  # where the trainers meet
     context = torch.multiprocessing.get_context("spawn")
     pipes, theirs = zip(*(context.Pipe() for _ in range(2)), strict=True)
-    trainers = [context.Process(target=train, args=(i, folder, store, theirs[i]), daemon=True) for i in range(2)]
-    for trainer in trainers:
-        trainer.start()
+    for rank in range(2):
+        context.Process(target=train, args=(rank, folder, store, theirs[rank]), daemon=True).start()
 
     def ask(what) -> list:
         for pipe in pipes:
@@ -91,10 +88,10 @@ def main(folder: str) -> int:
 
     # Once: each worker maps all pieces, and records what vLLM's loaders do with the weights.
     connected = rlhf_utils.call_workers(llm, "connect_weights", dict(ask("handles")))
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=12)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=8, detokenize=False)
     for step in range(1, 4):
-        (output,) = llm.generate("The capital of France is", greedy, use_tqdm=False)
-        print(f"version {step - 1}: {output.outputs[0].text!r}")
+        (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7, 8]}], greedy, use_tqdm=False)
+        print(f"version {step - 1}: {list(output.outputs[0].token_ids)}")
         sent, _ = ask(step)
         workers = rlhf_utils.call_workers(llm, "push_weights", step)
         assert llm.reset_prefix_cache(), "requests are still running"
@@ -109,11 +106,9 @@ def main(folder: str) -> int:
     pushed = rlhf_utils.call_workers(llm, "fsdp_push:compare", dict(ask("handles")))
     rlhf_utils.call_workers(llm, "update_weights_from_ipc_handles", dict(ask("handles")))
     loaded = rlhf_utils.call_workers(llm, "fsdp_push:compare", dict(ask("handles")))
-    wrong = [n for worker in pushed for n, d in sent.items() if worker["mapped"].get(n) != d]
+    wrong = [n for worker in pushed for n in sent if worker["mapped"].get(n) != sent[n]]
     wrong += [n for a, b in zip(pushed, loaded, strict=True) for n in a["held"] if a["held"][n] != b["held"][n]]
     print(f"{sum(len(w['held']) for w in pushed)} parameters compared, wrong: {', '.join(wrong) or 'none'}")
-    for pipe in pipes:
-        pipe.send("end")
     return 1 if wrong else 0
 
 

@@ -57,5 +57,15 @@ def test_the_layout_alone(tmp_path):
     assert re.search("^30 parameters compared, wrong: none$", output, re.MULTILINE)
 
 
-def test_the_layout_alone_has_200_lines_at_most():
-    assert len((ROOT / "examples/minimal_colocate.py").read_text().splitlines()) <= 200
+def test_the_push_out_of_shards_alone(tmp_path):
+    subprocess.run([sys.executable, "-c", MAKE, "model"], cwd=tmp_path, check=True, timeout=deadline(300))
+    output = run(tmp_path, "fsdp_push.py", "model")
+    tokens = re.findall(r"^version \d: (\[.*\])$", output, re.MULTILINE)
+    assert len(tokens) == len(set(tokens)) == 3, tokens
+    assert len(re.findall(r"^pushed 2 MB, of which 1 from the other trainer's memory", output, re.MULTILINE)) == 3
+    assert re.search("^30 parameters compared, wrong: none$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("example", "lines"), [("minimal_colocate.py", 200), ("fsdp_push.py", 120)])
+def test_an_example_is_short(example, lines):
+    assert len((ROOT / "examples" / example).read_text().splitlines()) <= lines
