@@ -95,11 +95,8 @@ def main(folder: str) -> int:
         sent, _ = ask(step)
         workers = rlhf_utils.call_workers(llm, "push_weights", step)
         assert llm.reset_prefix_cache(), "requests are still running"
-        remote = sum(w["remote_bytes"] for w in connected) / sum(w["bytes"] for w in workers)
-        print(
-            f"pushed {sum(w['bytes'] for w in workers) / 1e6:.0f} MB, {remote:.0%} of it from the other GPU, in",
-            end=" ",
-        )
+        size, remote = sum(w["bytes"] for w in workers), sum(w["remote_bytes"] for w in connected)
+        print(f"pushed {size / 1e6:.0f} MB, of which {remote / 1e6:.0f} from the other trainer's memory, in", end=" ")
         print(f"{max(w['copy_ms'] for w in workers):.2f} ms")
 
     # Not at each step: what arrives is the trainers', and vLLM's own loaders would have made the same of it.
@@ -109,6 +106,8 @@ def main(folder: str) -> int:
     wrong = [n for worker in pushed for n in sent if worker["mapped"].get(n) != sent[n]]
     wrong += [n for a, b in zip(pushed, loaded, strict=True) for n in a["held"] if a["held"][n] != b["held"][n]]
     print(f"{sum(len(w['held']) for w in pushed)} parameters compared, wrong: {', '.join(wrong) or 'none'}")
+    for pipe in pipes:
+        pipe.send(None)
     return 1 if wrong else 0
 
 
