@@ -7,6 +7,7 @@ fails when a page and the reports disagree.
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +208,153 @@ def architectures() -> str:
         rows.append([f"{name} (`{one['architecture']}`)", *cells])
     header = ["architecture", "compared, TP=1", "compared, TP=2", "in a kernel's order", "not known", "padding"]
     return table([*header, "a push"], rows)
+
+
+NOT_MEASURED = "not measured"
+SHAPE = "Qwen2.5-0.5B"  # of the goals
+PEAK_FLOPS = 989e12  # an H100 SXM's, dense bf16
+WHAT = ("model", "gpus", "tp", "sleep", "lengths", "side", "variant", "micro_batch_size")  # runs that differ in nothing
+SIDES = {
+    "ours default": "ours",
+    "ours same": "ours, micro-batches as TRL's",
+    "trl fp32": "TRL, float32 weights",
+    "trl fp32-off": "TRL, float32 weights, correction off",
+    "trl bf16": "TRL, bf16 weights",
+    "trl bf16-off": "TRL, bf16 weights, correction off",
+}
+
+
+def trl_rows() -> list[dict]:
+    """Rows of bench_trl.py."""
+    return [row for r in load("trl-*.json").values() for row in r["rows"]]
+
+
+def mean(rows: list[dict], name: str) -> float | None:
+    found = [row[name] for row in rows if row[name] is not None]
+    return statistics.fmean(found) if found else None
+
+
+def trl_steps() -> str:
+    """One row for all runs that differ in nothing: means over the runs, the median of medians, the longest step."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in trl_rows():
+        groups.setdefault((row["hardware"], *(row[name] for name in WHAT)), []).append(row)
+    if not groups:
+        return f"TRL: {NOT_MEASURED}."
+    lines = []
+    for rows in groups.values():
+        first = rows[0]
+        layout = f"{first['gpus'] // first['tp']} × TP={first['tp']}"
+        steps = [mean(rows, "step_s_mean"), statistics.median(row["step_s_p50"] for row in rows)]
+        parts = [mean(rows, f"{name}_s") for name in ("rollout", "handover", "score", "train", "rest")]
+        peak = mean(rows, "peak_gib")
+        side = SIDES[f"{first['side']} {first['variant']}"]
+        if first["side"] == "trl" and first["micro_batch_size"] != 8:
+            side += f", micro-batches of {first['micro_batch_size']}"
+        cells = [first["hardware"].replace(" x NVIDIA ", " × "), f"{first['model']}, {layout}", first["lengths"]]
+        cells += [side + ("" if first["sleep"] else ", engines awake")]
+        cells += [f"{s:.3f}" for s in (*steps, max(row["step_s_max"] for row in rows), *parts)]
+        cells += [
+            f"{peak:.1f}" if peak else "–",
+            f"{mean(rows, 'tokens_per_s'):,.0f}",
+            f"{len(rows)} × {first['steps']}",
+        ]
+        lines.append(cells)
+    header = ["seconds", "model, engines", "lengths", "side", "step, mean", "median", "longest"]
+    header += ["rollout", "hand-over", "score", "train", "rest", "peak GiB", "tokens/s, rollout", "runs × steps"]
+    return table(header, lines)
+
+
+def trl_goals() -> str:
+    """Ours beside TRL on one GPU: a goal that has not been measured says so."""
+    every = [row for row in trl_rows() if row["gpus"] == 1]
+
+    def rows(side: str, lengths: str, model: str = SHAPE, sleep: bool = True, **more) -> list[dict]:
+        wanted = {"side": side, "lengths": lengths, "model": model, "sleep": sleep, **more}
+        return [row for row in every if all(row[name] == value for name, value in wanted.items())]
+
+    def ours(lengths: str, model: str = SHAPE, **more) -> list[dict]:
+        return rows("ours", lengths, model, variant="default", **more)
+
+    def better(lengths: str, off: bool = False, model: str = SHAPE) -> list[dict]:
+        """TRL's runs with the shorter mean step, of those with its correction on or off."""
+        kinds: dict[tuple, list[dict]] = {}
+        for row in rows("trl", lengths, model):
+            if row["variant"].endswith("-off") == off:
+                kinds.setdefault((row["variant"], row["micro_batch_size"]), []).append(row)
+        return min(kinds.values(), key=lambda kind: mean(kind, "step_s_mean"), default=[])
+
+    def ratio(own: list[dict], theirs: list[dict], name: str = "step_s_mean") -> float | None:
+        a = mean(own, name)
+        b = mean(theirs, name)
+        return a / b if a and b else None
+
+    def longest(lengths: str) -> float | None:
+        return max((row["step_s_max"] / row["step_s_p50"] for row in ours(lengths)), default=None)
+
+    def flop_share(own: list[dict]) -> float | None:
+        shares = [6 * r["parameters"] * (r["tokens"] + r["prompt_tokens"]) / r["train_s"] / PEAK_FLOPS for r in own]
+        return statistics.fmean(shares) if shares else None
+
+    def started(side: str, caches: str) -> list[dict]:
+        return [row for row in every if row["side"] == side and row["model"] == SHAPE and row["caches"] == caches]
+
+    def times(value: float) -> str:
+        return f"{value:.2f} ×"
+
+    def seconds(value: float) -> str:
+        return f"{value:.3f} s"
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.0f} %"
+
+    lines = []
+
+    def goal(text: str, value: float | None, bound: float | None, unit: Callable[[float], str], least: bool = False):
+        limit = f"{'≥' if least else '≤'} {unit(bound)}" if bound is not None else "–"
+        met = "–"
+        if value is not None and bound is not None:
+            met = "yes" if (value >= bound if least else value <= bound) else "no"
+        lines.append([text, limit, NOT_MEASURED if value is None else unit(value), met])
+
+    for lengths, bound in (("uneven", 0.5), ("full", 0.6)):
+        goal(f"step, {lengths} lengths, correction on", ratio(ours(lengths), better(lengths)), bound, times)
+    for lengths in ("uneven", "full"):
+        goal(f"step, {lengths} lengths, correction off", ratio(ours(lengths), better(lengths, off=True)), 0.7, times)
+    goal("train, full lengths", mean(ours("full"), "train_s"), 0.4, seconds)
+    for lengths in ("uneven", "full"):
+        goal(f"longest step, {lengths} lengths, beside the median", longest(lengths), 1.3, times)
+    goal("hand-over, full lengths", ratio(ours("full"), better("full"), "handover_s"), 0.5, times)
+    goal("hand-over, engines awake", mean(ours("full", sleep=False), "handover_s"), 0.02, seconds)
+    fp32 = rows("trl", "full", variant="fp32")
+    goal("peak GPU memory, beside float32 weights", ratio(ours("full"), fp32, "peak_gib"), 1.0, times)
+    for caches in ("warm", "cold"):
+        value = ratio(started("ours", caches), started("trl", caches), "start_s")
+        goal(f"start to first step, {caches} caches", value, 0.9, times)
+    for model in ("Qwen2.5-1.5B", "Qwen2.5-3B"):
+        for lengths in ("uneven", "full"):
+            value = ratio(ours(lengths, model), better(lengths, model=model))
+            goal(f"step of {model}, {lengths} lengths, correction on", value, None, times)
+    goal("FLOP of training, of an H100's peak, Qwen2.5-3B", flop_share(ours("full", "Qwen2.5-3B")), 0.3, percent, True)
+    goal("rewards of seeds, apart, beside their spread", rewards_apart(every), 1.0, times)
+    return table([f"{SHAPE}, 64 × 256 tokens, one GPU: ours beside TRL", "goal", "measured", "met"], lines)
+
+
+def rewards_apart(rows: list[dict]) -> float | None:
+    """How far the sides' mean rewards of their last steps are apart, as a part of the wider side's spread over seeds.
+
+    None unless both sides have three seeds with one learning rate. TRL with float32 weights, as our optimizer has them.
+    """
+    ends: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        if row["lengths"] == "full" and (row["side"], row["variant"]) in (("ours", "default"), ("trl", "fp32")):
+            ends.setdefault((row["learning_rate"], row["side"]), {})[row["seed"]] = statistics.fmean(row["reward"][-3:])
+    for rate in sorted({rate for rate, _ in ends}, reverse=True):
+        sides = [[*ends.get((rate, side), {}).values()] for side in ("ours", "trl")]
+        if min(map(len, sides)) >= 3:
+            spread = max(max(side) - min(side) for side in sides)
+            return abs(statistics.fmean(sides[0]) - statistics.fmean(sides[1])) / spread if spread else None
+    return None
 
 
 def tested() -> str:

@@ -1,4 +1,4 @@
-"""The push benchmark and the soak, on a tiny shape: that they run, compare and count. Times mean nothing here."""
+"""Benchmarks on tiny shapes: that they run, compare and count. Times mean nothing here."""
 
 import json
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from running import ROOT, TINY, deadline, shape
+
+from benchmarks.trl_sides import WARM_UP, uneven_lengths
 
 pytestmark = pytest.mark.e2e
 
@@ -43,3 +45,18 @@ def test_nothing_is_used_up(tmp_path):
             del slopes["/dev/shm bytes"]
         growing = {k: s for k, s in slopes.items() if s["low"] > 0}
         assert not growing, growing
+
+
+def test_our_side_of_the_comparison_with_trl(tmp_path):
+    """TRL itself needs a GPU: vLLM's CPU build does not take weights in TRL's way."""
+    small = ["--shape", "opt-small", "--max-tokens", "12", "--steps", "1", "--repeats", "1"]
+    found = report(tmp_path, "bench_trl.py", *small, "--only", "ours", "--folder", str(tmp_path / "bench"))
+    full, uneven = found["rows"]
+    assert full["tokens"] == 64 * 12
+    assert uneven["tokens"] == sum(uneven_lengths(WARM_UP, 64, 12))
+    for row in (full, uneven):
+        parts = sum(row[f"{part}_s"] for part in ("rollout", "handover", "train", "score", "rest"))
+        assert abs(parts - row["step_s_mean"]) < 0.001
+        assert row["start_s"] > 0 and row["rollout_s"] > 0 and row["train_s"] > 0
+        assert len(row["reward"]) == WARM_UP + 1 and row["parameters"] > 1e6
+    assert full["caches"] == "cold" and found["versions"]["ray"]
