@@ -165,7 +165,7 @@ def rows_of(report: dict, kind: str, settings: Settings, memory: GpuMemory) -> l
         for part in ("rollout_s", "handover_s", "train_s", "score_s", "rest_s"):
             row[part] = statistics.fmean(step[part] for step in counted)
         row["peak_gib"] = memory.peak(steps[0]["begun"], steps[-1]["begun"] + steps[-1]["step_s"])
-        row["start_s"] = report["first_step"] - settings.began
+        row["start_s"] = report["steps"][0]["begun"] - settings.began
         tokens = [step["tokens"] for step in counted]
         row["tokens_per_s"] = sum(tokens) / sum(step["rollout_s"] for step in counted)  # of the rollout
         row |= {"steps": settings.steps, "tokens": statistics.fmean(tokens)}

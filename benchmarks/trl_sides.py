@@ -5,8 +5,8 @@
     python benchmarks/trl_sides.py trl SETTINGS
 
 SETTINGS is a JSON object with the fields of `Settings`. A side writes settings.output:
-{"first_step": seconds since the epoch, "last_step_end", "versions", "steps": [{"begun", "step_s", "rollout_s",
-"handover_s", "score_s", "train_s", "rest_s", "tokens", "reward"}]}. A step lasts until the next one begins. Its parts:
+{"versions", "steps": [{"begun": seconds since the epoch, "step_s", "rollout_s", "handover_s", "score_s", "train_s",
+"rest_s", "tokens", "reward"}]}. A step lasts until the next one begins. Its parts:
 
 rollout   from prompts to token ids and log-probabilities in the trainer's process (ours: in the driver)
 handover  sleep, wake, and new weights into the engine
@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -249,24 +250,27 @@ def run_ours(settings: Settings) -> int:
     code = rc.main(ours_arguments(settings, str(metrics)), layout=layout)
     if code:
         return code
-    loop = begun[2:]
-    steps = []
-    lines = metrics.read_text().splitlines()
-    for line, begin, end in zip(lines, loop, loop[1:], strict=True):
-        row = json.loads(line)
-        seconds = row["seconds"]
-        step = {"begun": begin, "step_s": end - begin, "rollout_s": seconds["rollout"]}
-        step |= {"handover_s": sum(seconds.get(stage, 0) for stage in HANDOVER), "score_s": 0.0}
-        step["train_s"] = seconds["train"]
-        step["rest_s"] = step["step_s"] - step["rollout_s"] - step["handover_s"] - step["train_s"]
-        steps.append(step | {"tokens": row["tokens"], "reward": row["reward"]})
-    write_report(settings, steps, loop[-1])
+    steps = steps_of(metrics.read_text().splitlines(), begun)
+    write_report(settings, steps)
     return 0
 
 
-def write_report(settings: Settings, steps: list[dict], end: float) -> None:
-    report = {"first_step": steps[0]["begun"], "last_step_end": end, "versions": versions(), "steps": steps}
-    Path(settings.output).write_text(json.dumps(report))
+def steps_of(lines: list[str], begun: list[float]) -> list[dict]:
+    """The steps of a run, from its --metrics and the times of its pushes, of which the last N + 1 belong to N steps."""
+    steps = []
+    for line, (begin, end) in zip(lines, itertools.pairwise(begun[-len(lines) - 1 :]), strict=True):
+        row = json.loads(line)
+        seconds = row["seconds"]
+        step = {"begun": begin, "step_s": end - begin, "rollout_s": seconds["rollout"], "score_s": 0.0}
+        step["handover_s"] = sum(seconds.get(stage, 0) for stage in HANDOVER)
+        step["train_s"] = seconds["train"]
+        step["rest_s"] = step["step_s"] - step["rollout_s"] - step["handover_s"] - step["train_s"]
+        steps.append(step | {"tokens": row["tokens"], "reward": row["reward"]})
+    return steps
+
+
+def write_report(settings: Settings, steps: list[dict]) -> None:
+    Path(settings.output).write_text(json.dumps({"versions": versions(), "steps": steps}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +426,7 @@ def run_trl(settings: Settings) -> None:
     for step, end in zip(steps, ends, strict=True):
         step["step_s"] = end - step["begun"]
     if trainer.accelerator.is_main_process:
-        write_report(settings, steps, callback.end)
+        write_report(settings, steps)
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,19 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_trl
 import tables
-from trl_sides import GROUP_SIZE, PROMPTS, SHORTEST, WARM_UP, Settings, ending_at, ours_arguments, reward, trl_settings
+from trl_sides import (
+    GROUP_SIZE,
+    PROMPTS,
+    SHORTEST,
+    WARM_UP,
+    Clock,
+    Settings,
+    ending_at,
+    ours_arguments,
+    reward,
+    steps_of,
+    trl_settings,
+)
 
 from colocate.config import Config
 
@@ -162,7 +175,7 @@ def report(walls: list[float], tokens: int) -> dict:
         parts = {"rollout_s": 0.5 * wall, "handover_s": 0.1 * wall, "score_s": 0.0, "train_s": 0.3 * wall}
         steps.append({"begun": at, "step_s": wall, **parts, "rest_s": 0.1 * wall, "tokens": tokens, "reward": i / 10})
         at += wall
-    return {"first_step": 100.0, "last_step_end": at, "versions": {"trl": "1.16.0"}, "steps": steps}
+    return {"versions": {"trl": "1.16.0"}, "steps": steps}
 
 
 def rows(kind: str, second: float, **fields) -> list[dict]:
@@ -173,6 +186,43 @@ def rows(kind: str, second: float, **fields) -> list[dict]:
     memory.samples = [(0.0, 70.0), (101.0, 40.0), (110.0, 30.0)]  # the first is of another run
     made_rows = bench_trl.rows_of(report(walls, 64 * 256), kind, made, memory)
     return [row | {"caches": "warm"} | fields for row in made_rows]
+
+
+def test_a_step_of_ours_begins_with_its_push():
+    seconds = {
+        "rollout": 1.0,
+        "sleep": 0.25,
+        "reward": 0.125,
+        "train": 0.5,
+        "wake": 0.25,
+        "push": 0.25,
+        "wake KV": 0.25,
+    }
+    lines = [json.dumps({"step": i, "seconds": seconds, "tokens": 16, "reward": 0.5}) for i in (1, 2)]
+    first, second = steps_of(lines, [10.0, 20.0, 30.0, 33.0, 37.0])  # two of the proof, two steps, the last one
+    assert (first["begun"], first["step_s"], first["rest_s"]) == (30, 3, 0.5)
+    assert (second["begun"], second["step_s"], second["handover_s"]) == (33, 4, 1)
+    assert second["tokens"] == 16 and second["reward"] == 0.5 and second["score_s"] == 0
+
+
+def test_stages_in_a_stage_are_not_counted_twice(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock(lambda: None)
+
+    class Engine:
+        def wake(self):
+            now[0] += 4
+
+        def generate(self):
+            now[0] += 1
+            self.wake()
+            self.wake()
+
+    clock.time(Engine, "wake", "handover")
+    clock.time(Engine, "generate", "rollout")
+    Engine().generate()
+    assert clock.seconds == {"handover": 8, "rollout": 1}
 
 
 def test_a_row_counts_what_follows_the_warm_up():
