@@ -135,16 +135,17 @@ def run(command: list[str], env: dict[str, str], log: Path, seconds: float) -> s
         process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(seconds)
-            problem = f"exit code {code}" if code else ""
+            return f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            problem = f"not ended after {seconds:.0f} s"
-            process.send_signal(signal.SIGINT)  # ours takes its actors down
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return problem
+            return f"not ended after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:  # also after Ctrl-C, which a process group of its own does not hear
+                process.send_signal(signal.SIGINT)  # ours takes its actors down
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
 
 def rows_of(report: dict, kind: str, settings: Settings, memory: GpuMemory) -> list[dict]:

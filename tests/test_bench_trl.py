@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,6 +101,12 @@ def test_no_run_starts_that_would_not_fit(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(60))
     assert (done.returncode, done.stdout.count("ours: left out")) == (0, 2), done.stdout + done.stderr
     assert not output.exists()
+
+
+def test_a_side_that_takes_too_long_is_ended(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert bench_trl.run(command, dict(os.environ), tmp_path / "log", 1) == "not ended after 1 s"
+    assert bench_trl.run([sys.executable, "-c", "exit(5)"], dict(os.environ), tmp_path / "log", 60) == "exit code 5"
 
 
 # --- lengths
