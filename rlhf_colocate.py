@@ -28,12 +28,12 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from colocate import checkpoint, checks, cluster, trace
+from colocate import checkpoint, checks, cluster, memory, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
-from colocate.memory import MAX_NUM_SEQS
 from colocate.model_folder import Model, load_model
 from colocate.preflight import check_shared_memory, preflight
 from colocate.report import Report
@@ -117,9 +117,9 @@ class RayTrainingActor:
 
     def learn(self, samples: list[dict], total_tokens: int, *, version: int) -> dict:
         """One optimizer step of all trainers, each on its own samples (see colocate/learner.py)."""
-        with self.changing_weights(version):
+        with self.changing_weights(version), memory.of_step(self.device) as gpu:
             self.learner.step(samples, total_tokens)
-        return self.state()
+        return self.state() | {"gpu": gpu, "way": str(self.learner)}
 
     def restore(self, *, version: int) -> dict:
         """Set the weights to those that the optimizer has."""
@@ -128,10 +128,8 @@ class RayTrainingActor:
         return self.state()
 
     def state(self) -> dict:
-        """{"steps": done, "metrics": the last one's, "digests": {weight: 64 bits of its content}}."""
-        digests = checks.weight_digests(self)
-        metrics = self.learner.metrics | {"weights": checks.fingerprint(digests)}
-        return {"steps": self.learner.steps, "metrics": metrics, "digests": digests}
+        """{"steps": done, "metrics": the last one's}."""
+        return {"steps": self.learner.steps, "metrics": self.learner.metrics}
 
     def get_weight_ipc_handles(self) -> dict[str, dict]:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
@@ -160,6 +158,7 @@ class MyLLM:
     def __init__(self, bundle_indices: list[int], gpu_share: float, master_port: int):
         self.version: int | None = 0  # of its weights; None: part of a push, or dropped
         self.asleep: set[str] = set()
+        self.cached = False  # keys and values of prompts, by the weights of now, may be in the prefix cache
         # Read by vLLM's Ray executor when the engine is built.
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(gpu_share)
         os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_indices))
@@ -184,47 +183,64 @@ class MyLLM:
         return rlhf_utils.call_workers(self.llm, method, *args)
 
     def push(self, method: str, argument, version: int) -> dict:
-        """One push, all of it: {"workers": their replies, "reset_ms"}. RuntimeError if the engine is not whole."""
+        """All of a push: {"workers": their replies, "wake_ms", "reset_ms", "wake_kv_ms"}. Then it can generate.
+
+        Raises RuntimeError if the engine is not whole.
+        """
+        wake_ms = self.wake_up("weights")
         workers = self.collective_rpc(method, argument)
         if wrong := {w["version"] for w in workers} - {version}:  # of push_weights they have raised before
             raise RuntimeError(f"the workers read weights of version {sorted(wrong)}, not {version}")
-        start = time.perf_counter()
-        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
-            raise RuntimeError("the prefix cache was not reset: requests are still running")
+        reset_ms = self.reset_prefix_cache()
         self.version = version
-        return {"workers": workers, "reset_ms": 1e3 * (time.perf_counter() - start)}
+        return {"workers": workers, "wake_ms": wake_ms, "reset_ms": reset_ms, "wake_kv_ms": self.wake_up("kv_cache")}
+
+    def reset_prefix_cache(self) -> float:
+        """Forget what prompts have left there, unless nothing was generated since the last time. Milliseconds.
+
+        vLLM walks over every block. Once the trainers are busy that costs no time; a push does it otherwise.
+        """
+        start = time.perf_counter()
+        if self.cached and not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache was not reset: requests are still running")
+        self.cached = False
+        return 1e3 * (time.perf_counter() - start)
 
     def sleep(self, level: int) -> tuple[int, int]:
-        """Give GPU memory up. Level 1: weights go to the host, the KV cache is dropped; 2: both are dropped.
+        """Give GPU memory up. 0: none; 1: weights go to the host, the KV cache is dropped; 2: both are dropped.
 
         Returns bytes in use on the fullest of its GPUs, by all processes, before and after.
         """
         before = max(self.collective_rpc("gpu_used_bytes"))
         # After a loss in a push the weights alone are awake. They stay so (vLLM 0.26 would not put them to sleep), and
         # take less than a trainer's gradient, for which there is room.
-        if level and not self.asleep:
-            self.version = None
-            self.asleep = {"weights", "kv_cache"}
-            self.llm.sleep(level=level)
+        if not level or self.asleep:
+            return before, before
+        self.version = None
+        self.asleep = {"weights", "kv_cache"}
+        self.llm.sleep(level=level)
         return before, max(self.collective_rpc("gpu_used_bytes"))
 
-    def wake_up(self, tag: str) -> None:
-        """ "weights", then a push, then "kv_cache". Nothing to do for an engine that is awake."""
+    def wake_up(self, tag: str) -> float:
+        """ "weights", then a push, then "kv_cache". Milliseconds: nothing to do for an engine that is awake."""
+        start = time.perf_counter()
         if tag == "kv_cache" and tag in self.asleep and self.version is None:
             raise RuntimeError("the KV cache wakes up after the push, which it would be in the way of")
         if tag in self.asleep:
             self.llm.wake_up(tags=[tag])
             self.asleep.discard(tag)
+        return 1e3 * (time.perf_counter() - start)
 
     def generate(self, prompts: list[list[int]], version: int, seeds: list[int] | None, **sampling) -> list[list[dict]]:
-        """Completions of each prompt (see `sample_of`). One seed for each prompt."""
+        """Completions of each prompt (see `sample_of`). One seed for each prompt: another engine repeats them by it."""
         from vllm import SamplingParams
 
         if self.asleep or self.version != version:
             found = f"asleep ({', '.join(sorted(self.asleep))})" if self.asleep else f"at version {self.version}"
             raise RuntimeError(f"the engine is {found}; it must be awake and at version {version} to generate")
-        options = {"logprobs": 0, "detokenize": False} | sampling
+        options = {"logprobs": 0, "flat_logprobs": True, "detokenize": False} | sampling
         params = [SamplingParams(**options, seed=seed) for seed in seeds or [None] * len(prompts)]
+        self.cached = True
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return [[sample_of(o, done) for done in sorted(o.outputs, key=lambda done: done.index)] for o in outputs]
 
@@ -235,12 +251,11 @@ class MyLLM:
 
 def sample_of(output, done) -> dict:
     """{"prompt": [ids], "tokens": [ids], "logprobs": [nats, of tokens, the sampler's][, "prompt_logprobs"]}."""
-    tokens = list(done.token_ids)
-    sample = {"prompt": list(output.prompt_token_ids), "tokens": tokens}
-    sample["logprobs"] = [row[t].logprob for t, row in zip(tokens, done.logprobs, strict=True)]
-    if output.prompt_logprobs:  # of all but the first
-        rows = zip(sample["prompt"][1:], output.prompt_logprobs[1:], strict=True)
-        sample["prompt_logprobs"] = [row[t].logprob for t, row in rows]
+    sample = {"prompt": list(output.prompt_token_ids), "tokens": list(done.token_ids)}
+    flat = done.logprobs  # vLLM's FlatLogprobs: of each position the token's own, then those of the likeliest
+    sample["logprobs"] = [flat.logprobs[i] for i in flat.start_indices]
+    if flat := output.prompt_logprobs:  # of all but the first
+        sample["prompt_logprobs"] = [flat.logprobs[i] for i in flat.start_indices[1:]]
     return sample
 
 
@@ -271,7 +286,9 @@ class Colocation:
         self.engines = [f"engine {e}" for e in range(config.num_engines)]
         self.versions = itertools.count(1)  # of the weights: none is given out twice
         self.version = 0
-        self.digests: dict[str, str] = {}  # of the trainers' weights at this version, since they were first changed
+        self.digests: dict[str, str] = {}  # of the trainers' weights,
+        self.compared = 0  # at this version
+        self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
@@ -303,6 +320,7 @@ class Colocation:
             self.fleet.add(name, self.new_actor(name))
         self.report("place", f"starting {', '.join(names)}: a minute or so")
         if trainers:
+            self.sleep_level.forget()
             reports = self.fleet.ask(trainers, "report_device_id")
             if self.config.steps:
                 self.join_trainers()
@@ -360,7 +378,7 @@ class Colocation:
             gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_memory_bytes=self.model.kv_cache_bytes,  # None on GPUs: what utilization leaves
             max_model_len=config.max_model_len,
-            max_num_seqs=MAX_NUM_SEQS,
+            max_num_seqs=memory.max_num_seqs(config, self.model.rehearsal),
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=True,
             enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.model.rehearsal,
@@ -378,15 +396,13 @@ class Colocation:
     def push(self) -> dict:
         """Bring the trainers' weights into all engines. In whatever state these are, they can generate afterwards.
 
-        Returns {"version", "method", "wall_ms", "reset_ms", "bytes", "workers"}: wall_ms from the call to the last
-        engine's reply, of which reset_ms are the prefix caches'; bytes read (simple) or written (recorded), over all
-        workers. The trainers may change their weights again when this returns.
+        The trainers may change their weights again when this returns. What it returns: see `Report.pushed`.
         """
         config = self.config
         fleet = self.fleet
-        with fleet.stage("wake"):
-            fleet.ask(self.engines, "wake_up", "weights")
         if not self.connected and config.push == "recorded":
+            with fleet.stage("wake"):
+                fleet.ask(self.engines, "wake_up", "weights")
             with fleet.stage("connect"):
                 self.connect()
         with fleet.stage("push"):
@@ -397,14 +413,7 @@ class Colocation:
                 how = ("push_weights", self.version)  # one round trip: the workers have the memory mapped
             replies = fleet.ask(self.engines, "push", *how, self.version)
             wall_ms = 1e3 * (time.perf_counter() - start)
-        with fleet.stage("wake KV"):
-            fleet.ask(self.engines, "wake_up", "kv_cache")
-        workers = [w for reply in replies for w in reply["workers"]]
-        push = {"version": self.version, "method": config.push, "wall_ms": wall_ms}
-        push |= {"reset_ms": max(r["reset_ms"] for r in replies), "bytes": sum(w["bytes"] for w in workers)}
-        push |= {"workers": workers}
-        self.report.pushed(push)
-        return push
+        return self.report.pushed({"version": self.version, "method": config.push}, wall_ms, replies)
 
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""
@@ -421,10 +430,13 @@ class Colocation:
         groups = self.fleet.ask(self.engines, "generate", each=each, **sampling)
         return [sample for i in range(len(prompts)) for sample in groups[i % n][i // n]]
 
-    def sleep(self) -> list[float]:
-        """Let the engines give up their memory. Returns GiB in use on the fullest GPU, by all, before and after."""
-        used = self.fleet.ask(self.engines, "sleep", self.config.sleep_level)
-        return [max(of_engines) / 2**30 for of_engines in zip(*used, strict=True)]
+    def sleep(self, samples: list[dict]) -> Callable[[], list[float]]:
+        """Let the engines give up memory for a step with these samples, unless it has room beside them.
+
+        Returns at once, with a function that waits: GiB in use on the fullest GPU, by all, before and after.
+        """
+        level = self.sleep_level.choose(samples)
+        return self.sleep_level.noting(self.fleet.begin(self.engines, "sleep", level))
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
@@ -432,22 +444,34 @@ class Colocation:
         tokens = sum(len(s["tokens"]) for s in samples)
         self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
-        return self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])["metrics"]
+        emptied = self.fleet.begin(self.engines, "reset_prefix_cache")
+        states = self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])
+        emptied()
+        self.report.trains(states[0]["way"])
+        return states[0]["metrics"] | self.sleep_level.measure(samples, [state["gpu"] for state in states])
 
     def restore(self) -> tuple[int, dict]:
         """Give the trainers their optimizers' weights back. Returns (steps that these have done, metrics)."""
-        state = self.change_weights("restore")
-        return state["steps"], state["metrics"]
+        state = self.change_weights("restore")[0]
+        return state["steps"], state["metrics"] | self.compare_replicas()
 
-    def change_weights(self, method, **asked) -> dict:
+    def change_weights(self, method, **asked) -> list[dict]:
         """Let all trainers change their weights by this method, under a version that was never given out before.
 
-        Returns the state of one. Raises Stop unless the weights are bitwise the same in all of them.
+        Returns what each replied. `compare_replicas` says whether they did the same.
         """
         self.version = next(self.versions)
-        states = self.fleet.ask(self.trainers, method, version=self.version, **asked)
-        self.digests = checks.require_equal([state["digests"] for state in states])
-        return states[0]
+        return self.fleet.ask(self.trainers, method, version=self.version, **asked)
+
+    def compare_replicas(self) -> dict[str, str]:
+        """Raise Stop unless the weights are bitwise the same in all trainers; each version is looked at once.
+
+        Returns {"weights": a digest of all}, for the metrics.
+        """
+        if self.compared != self.version:
+            self.digests = checks.require_equal(self.fleet.ask(self.trainers, checks.weight_digests))
+            self.compared = self.version
+        return {"weights": checks.fingerprint(self.digests)}
 
     def save(self, folder: Path, by: str = "trainer 0") -> None:
         """Let a trainer write a checkpoint; an older one there is replaced once the new one is complete."""
@@ -485,7 +509,7 @@ class Colocation:
         for engine in engines:
             try:
                 self.fleet.ask([engine], "collective_rpc", "disconnect_weights")
-                self.fleet.ask([engine], "sleep", self.config.sleep_level)
+                self.fleet.ask([engine], "sleep", self.sleep_level.deepest)
             except Lost:
                 raise
             except Stop as stop:  # a CUDA error that stays, for instance
@@ -533,6 +557,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         colocation.on_workers("record_weights")
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
+        colocation.compare_replicas()
         report.replicas_equal(len(colocation.digests), len(colocation.trainers))
     colocation.push()
     with stage("verify"):
@@ -556,13 +581,14 @@ def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
 
 def compare_elements(colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
+    colocation.compare_replicas()
     found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
     colocation.fleet.watch.note_files()  # in /dev/shm: by now the workers have mapped all that they share
     return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
 
 
-def rlhf_step(colocation: Colocation, task: Task, step: int) -> None:
-    """Rollout, sleep, reward, train. It leaves the engines one version behind, and asleep unless --sleep-level is 0."""
+def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> None:
+    """Rollout, reward while engines fall asleep, train; compare: its replicas. It leaves engines one version behind."""
     from colocate.grpo import advantages
 
     config = colocation.config
@@ -574,16 +600,19 @@ def rlhf_step(colocation: Colocation, task: Task, step: int) -> None:
         sampling = {"n": config.group_size, "temperature": 1.0, "max_tokens": config.max_tokens}
         sampling |= {"stop_token_ids": task.stop_token_ids}
         samples = colocation.generate([p.token_ids for p in prompts], seed=task.seed(step), **sampling)
-    with stage("sleep"):
-        memory = colocation.sleep()
+    asleep = colocation.sleep(samples)
     with stage("reward"):
         for i, sample in enumerate(samples):
             sample["reward"] = task.reward(prompts[i // config.group_size], sample["tokens"])
         for sample, a in zip(samples, advantages([s["reward"] for s in samples], config.group_size), strict=True):
             sample["advantage"] = a
-        report.sampled(step, samples, task.text, memory)
+    with stage("sleep"):
+        report.sampled(step, samples, task.text, asleep())
     with stage("train"):
         metrics = colocation.train(samples)
+    if compare:
+        with stage("verify"):
+            metrics |= colocation.compare_replicas()
     report.step(colocation.version, metrics)  # raises Stop if trainers and sampler do not agree
 
 
@@ -592,23 +621,24 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
     config = colocation.config
     report = colocation.report
     stage = colocation.fleet.stage
-    done, _ = colocation.restore()  # takes the proof's noise back
-    first = done + 1
-    last = done + config.steps
-    report.loop(done, last)
-    lost = None  # the last loss, until a push after it has been compared
+    last = lost = None
     restarts = 0
     while True:
         try:
+            if last is None or lost:
+                done, metrics = colocation.recover(lost) if lost else colocation.restore()  # the proof's noise goes
+            if last is None:
+                first = done + 1
+                last = done + config.steps
+                report.loop(done, last)
             if lost:
-                done, metrics = colocation.recover(lost)
                 report.goes_on(done, colocation.version, metrics)
             colocation.push()
             if lost or done in (first, last):  # the first push after a loss or a sleep, and the last
                 with stage("verify"):
                     report.verified(done, compare_elements(colocation))
             lost = None
-            if done >= first and config.checkpoint and (done == last or done % (config.checkpoint_every or last) == 0):
+            if done >= first and config.saves_after(done, last):
                 with stage("checkpoint"):
                     colocation.save(Path(config.checkpoint))
             if done == last:
@@ -616,7 +646,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
                     after = every_engine_answers(colocation, task)
                 report.learned(before, after, task.text)
                 return
-            rlhf_step(colocation, task, done + 1)
+            rlhf_step(colocation, task, done + 1, config.compares_after(done + 1, first, last))
             done += 1
         except Lost as loss:
             report.lost(loss)

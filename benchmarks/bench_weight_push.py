@@ -64,13 +64,14 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
         colocation.change_weights(checks.perturb)
         count("nothing", colocation.push_nothing_ms())
         for method in methods[i % len(methods) :] + methods[: i % len(methods)]:
-            digests = colocation.change_weights(checks.perturb)["digests"]
+            colocation.change_weights(checks.perturb)
+            colocation.compare_replicas()
             push = colocation.push_by(method)
             count(method, push["wall_ms"])
             if method == "recorded":
                 count("reset", push["reset_ms"])
                 count("in_worker", max(w["copy_ms"] for w in push["workers"]))
-            elements = compare(colocation, digests, method)
+            elements = compare(colocation, method)
     median = {name: statistics.median(ms) for name, ms in times.items()}
     copy = max(on_workers("push_peers:device_copy_ms", 20))
     replay = max(on_workers("push_peers:replay_ms", 20))
@@ -105,9 +106,9 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
     return rows
 
 
-def compare(colocation: PeerColocation, digests: dict[str, str], method: str) -> int:
+def compare(colocation: PeerColocation, method: str) -> int:
     """Compare every element with the trainers'. Returns how many of one worker. Raises Stop if one is wrong."""
-    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), digests)
+    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
     for kind in ("transport", "placement"):
         check = checks.combine(found, kind)
         if not check["ok"]:

@@ -304,7 +304,7 @@ DRILLS = {
         fault="no GPU memory is left when the engine wakes up",
         expected="the run says so, with what to type, and ends",
         moment="push",
-        says="FAIL: .*Out of GPU memory in the stage 'wake'. Try: ",
+        says="FAIL: .*Out of GPU memory in the stage 'push'. Try: ",
         code=FAIL,
         gpu=True,
     ),
@@ -330,7 +330,7 @@ for name, (fault, check) in FAULTS.items():
 DEADLINES = ("--stage-timeout", "push={push_s:g},rollout={rollout_s:g}")
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
-    "survive": [*TWO, "--steps", "13", "--max-restarts", "12", *CHECKPOINT, *DEADLINES],
+    "survive": [*TWO, "--steps", "13", "--max-restarts", "12", *CHECKPOINT, *DEADLINES],  # a save compares replicas
     "no-checkpoint": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "6", "--max-restarts", "10"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],

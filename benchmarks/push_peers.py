@@ -122,6 +122,10 @@ class PeerLLM(rc.MyLLM):
             self.llm.init_weight_transfer_engine({"init_info": {}})
         return workers
 
+    def push(self, *args) -> dict:
+        self.cached = True  # as after a rollout: each push is to reset the prefix cache
+        return super().push(*args)
+
     def update_weights(self, request: dict) -> None:
         """vLLM's `trainer_send_weights` calls a method of this name."""
         self.llm.update_weights(request)

@@ -36,7 +36,7 @@ def fingerprint(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def perturb(trainer, *, version: int) -> dict:
+def perturb(trainer, *, version: int) -> None:
     """Change every weight, by seeded noise of 2 % of its root mean square: different for each tensor and version.
 
     For the proof of the push, which an optimizer step does not suit: it leaves some weights as they are.
@@ -49,7 +49,6 @@ def perturb(trainer, *, version: int) -> dict:
             scale = 0.02 * p.float().square().mean().sqrt().clamp_min(0.02)
             noise = torch.empty(p.shape, dtype=torch.float32, device=trainer.device).normal_(generator=generator)
             p.add_((noise * scale).to(p.dtype))
-    return {"digests": weight_digests(trainer)}
 
 
 def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:

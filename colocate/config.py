@@ -48,6 +48,11 @@ def flag(default, text: str, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
 
+def level(text: str) -> int | str:
+    """A value of --sleep-level."""
+    return text if text == "auto" else int(text)
+
+
 class OneLine(argparse.ArgumentParser):
     """A user's mistake is one line, without the usage above it."""
 
@@ -114,12 +119,20 @@ class Config:
     gradient_checkpointing: bool = flag(
         False, "keep only the inputs of layers for the backward pass: a third more arithmetic, much less memory"
     )
-    sleep_level: int = flag(
-        2,
-        "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing",
-        choices=(0, 1, 2),
+    sleep_level: int | str = flag(
+        "auto",
+        "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing; "
+        "'auto': 2, and 0 once a step was measured that has room beside them",
+        choices=("auto", 0, 1, 2),
+        type=level,
     )
     offload_optimizer: bool = flag(False, "keep the optimizer's 12 bytes per parameter in host memory between steps")
+    check_replicas_every: int = flag(
+        10,
+        "compare all trainers' weights bitwise after so many RLHF steps, if there are several trainers; in any case in "
+        "the proof, after the first step and the last, before a save, and after a loss (0: only then)",
+        at_least=0,
+    )
     logprob_tolerance: float = flag(
         0.08, "largest mean gap between engine and trainer log-probabilities, nats", above=0
     )
@@ -161,6 +174,16 @@ class Config:
         names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
         options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
         return options | {"offload": self.offload_optimizer}
+
+    def saves_after(self, step: int, last: int) -> bool:
+        """Whether a checkpoint is written after this RLHF step; `last` ends the run."""
+        return bool(self.checkpoint) and (step == last or step % (self.checkpoint_every or last) == 0)
+
+    def compares_after(self, step: int, first: int, last: int) -> bool:
+        """Whether the trainers' weights are compared after this RLHF step; `first` and `last` are this run's."""
+        if step in (first, last) or self.saves_after(step, last):
+            return True
+        return self.num_gpus > 1 and bool(self.check_replicas_every) and step % self.check_replicas_every == 0
 
     @staticmethod
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:

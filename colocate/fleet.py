@@ -8,6 +8,7 @@ its errors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ EXIT_CODES = {"NotHandled": MISSING}  # by the kind of an actor's error: this mo
 OUT_OF_MEMORY = {  # stage -> what to type
     "train": "--sleep-level 2 (if it was lower), --tokens-per-micro-batch 1024, --gradient-checkpointing, or a lower "
     "--gpu-memory-utilization",
-    "wake": "a lower --gpu-memory-utilization, or --offload-optimizer",
+    **dict.fromkeys(("wake", "push"), "a lower --gpu-memory-utilization, or --offload-optimizer"),
 }
 
 
@@ -130,12 +131,18 @@ class Fleet:
         each: one tuple of arguments for each actor, in place of `args`.
         Raises Lost if one has died or the stage's deadline has passed, Stop with an actor's own error.
         """
+        return self.begin(names, call, *args, each=each, **options)()
+
+    def begin(
+        self, names: list[str], call: str | Callable, *args, each: list[tuple] | None = None, **options
+    ) -> Callable[[], list]:
+        """`ask` in two halves: it returns at once, with a function that waits for the results."""
         each = each or [args] * len(names)
         refs = [self._call(name, call, *own, **options) for name, own in zip(names, each, strict=True)]
         what = call.__name__ if callable(call) else call
         if call == "collective_rpc":  # the method of its workers says more
             what = args[0].rpartition(":")[2]
-        return self._wait(refs, names, what)
+        return functools.partial(self._wait, refs, names, what)
 
     def ask_living(self, names: list[str], call: str | Callable) -> dict[str, object]:
         """{actor: its result} of those of these actors that answer within PING_S. Raises nothing of theirs."""

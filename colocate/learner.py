@@ -109,6 +109,12 @@ class Learner:
             parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         self._move_between_steps()
 
+    def __str__(self) -> str:
+        """What was chosen for this model and this GPU."""
+        attention = self.model.config._attn_implementation
+        size = f"micro-batches of {self.tokens_per_micro_batch or '?'} tokens"
+        return f"{attention} attention, {self.route}, {size}"
+
     def step(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
         """One optimizer step on all replicas' samples; these are this replica's. total_tokens: of all completions.
 

@@ -1,10 +1,22 @@
-"""How much memory a run takes, and whether the machine has it. Parameters are counted, not files."""
+"""How much memory a run takes, and whether the machine has it. Parameters are counted, not files; steps measured."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
 from colocate.config import LONGEST_PROMPT, MISSING, Config, Stop
 
-MAX_NUM_SEQS = 64  # at a time in an engine
+if TYPE_CHECKING:
+    import torch
+
+    from colocate.report import Report
+
+MAX_NUM_SEQS = 64  # at a time in an engine, at least
+MOST_NUM_SEQS = 256  # at most: from here on more at a time hardly make an engine faster
+AWAKE_SHARE = 0.9  # of a GPU's memory that awake engines and a trainer's step may take together
 WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "moe", "mlp")  # layers without keys and values
 GIB = 2**30
 PROCESS_BYTES = GIB // 2  # measured with a tiny model: a trainer 0.3 GiB, an engine 0.4, a worker 0.5
@@ -135,3 +147,111 @@ def check_host_memory(config: Config, model_config: dict, parameters: int, avail
     parts = f"{n} trainers {trainers / GIB:.1f} GiB, {config.num_engines} engines {engines / GIB:.1f}"
     found = f"{available / GIB:.1f} GiB of memory are free, but the rehearsal needs {need / GIB:.1f}: {parts}"
     raise Stop(f"{found}, {processes / GIB:.1f} for the processes. {fix}", MISSING)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step takes, and whether engines have to sleep for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def max_num_seqs(config: Config, rehearsal: bool) -> int:
+    """Sequences at a time in an engine: all that it has in an RLHF step, within bounds.
+
+    A rehearsal's KV cache is made for MAX_NUM_SEQS, see `rehearsal_kv_bytes`.
+    """
+    if rehearsal or not config.steps:
+        return MAX_NUM_SEQS
+    per_engine = -(-config.prompts_per_step // config.num_engines) * config.group_size
+    return min(max(per_engine, MAX_NUM_SEQS), MOST_NUM_SEQS)
+
+
+@contextlib.contextmanager
+def of_step(device: torch.device) -> Iterator[dict[str, int]]:
+    """Measure a trainer's step. Yields a dict that gets {"total", "step"} at its end; on a CPU it stays empty.
+
+    total: bytes of the GPU; step: bytes that torch takes of it in the step at most, beyond what it held before.
+    """
+    found: dict[str, int] = {}
+    if device.type == "cpu":
+        yield found
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_reserved(device)
+    yield found
+    found["total"] = torch.cuda.mem_get_info(device)[1]
+    found["step"] = torch.cuda.max_memory_reserved(device) - held
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Bytes of the fullest GPU in one step: of all (`total`), in use by all before the step with the engine awake
+    (`awake`), and what the trainer took beyond that (`step`), with so many tokens of prompts and completions.
+    """
+
+    total: int
+    awake: int
+    step: int
+    tokens: int
+
+    def needs(self, tokens: int) -> float:
+        """Bytes of a step with so many tokens beside an awake engine. With more of them it grows in proportion."""
+        return self.awake + self.step * max(1.0, tokens / self.tokens)
+
+    def fits_awake(self, tokens: int) -> bool:
+        return self.needs(tokens) <= AWAKE_SHARE * self.total
+
+
+class SleepLevel:
+    """--sleep-level. `auto` is 2 in the first step, which is measured, and then 0 for each step that fits.
+
+    A GPU's memory is measured, not computed: what a step takes depends on the model's code, on torch's allocator and on
+    the lengths of the completions.
+    """
+
+    def __init__(self, setting: int | str, report: Report):
+        self.setting = setting
+        self.report = report
+        self.deepest = 2 if setting == "auto" else setting
+        self.measured: Measured | None = None  # of the step with the most tokens
+        self.awake = 0  # bytes in use after the last rollout
+
+    def forget(self) -> None:
+        """New trainers choose their micro-batches anew: their first step is measured again."""
+        self.measured = None
+
+    def choose(self, samples: list[dict]) -> int:
+        """The level for a step with these samples."""
+        if self.setting != "auto" or not self.measured:
+            return self.deepest
+        tokens = count_tokens(samples)
+        level = 0 if self.measured.fits_awake(tokens) else 2
+        needs, total = self.measured.needs(tokens) / GIB, self.measured.total / GIB
+        found = f"a step beside an awake engine takes {needs:.1f} of {total:.1f} GiB, {AWAKE_SHARE:.0%} may be taken"
+        self.report.sleeps(level, found)
+        return level
+
+    def noting(self, asleep: Callable[[], list]) -> Callable[[], list[float]]:
+        """asleep: waits for the engines' `sleep`. Returns what does the same, and gives GiB on the fullest GPU."""
+
+        def wait() -> list[float]:
+            before, after = (max(of_engines) for of_engines in zip(*asleep(), strict=True))
+            self.awake = before
+            return [before / GIB, after / GIB]
+
+        return wait
+
+    def measure(self, samples: list[dict], gpus: list[dict[str, int]]) -> dict[str, float]:
+        """gpus: `of_step` of all trainers, after these samples. Returns {"step_gib"} for the metrics, {} on a CPU."""
+        if not all(gpus):
+            return {}
+        step = max(gpu["step"] for gpu in gpus)
+        measured = Measured(min(gpu["total"] for gpu in gpus), self.awake, step, count_tokens(samples))
+        if not self.measured or measured.tokens >= self.measured.tokens:
+            self.measured = measured
+        return {"step_gib": step / GIB}
+
+
+def count_tokens(samples: list[dict]) -> int:
+    return sum(len(sample["prompt"]) + len(sample["tokens"]) for sample in samples)

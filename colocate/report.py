@@ -96,6 +96,12 @@ class Report:
             self.step_seconds[name] = self.step_seconds.get(name, 0) + took
             self.spans.append((name, begun, took))
 
+    def _part_of(self, stage: str, part: str, seconds: float) -> None:
+        """So much of a stage was another one's, which went on inside an actor."""
+        for times in (self.stages_s, self.step_seconds):
+            times[stage] = round(times[stage] - seconds, 6)
+            times[part] = round(times.get(part, 0) + seconds, 6)
+
     # --- the start
 
     def settings(self, config: Config) -> None:
@@ -127,13 +133,26 @@ class Report:
         if first:
             self("push", text)
 
-    def pushed(self, push: dict) -> None:
-        """push: as `Colocation.push` returns it."""
-        self.push_ms = push["wall_ms"]
+    def pushed(self, push: dict, wall_ms: float, replies: list[dict]) -> dict:
+        """Add to {"version", "method"} what the engines replied; wall_ms: from the call to the last one's reply.
+
+        Returns {"version", "method", "wall_ms", "wake_ms", "wake_kv_ms", "reset_ms", "bytes", "workers"}: wall_ms
+        without the waking up, which counts as the stages "wake" and "wake KV"; of that reset_ms are the prefix caches';
+        bytes read (simple) or written (recorded), over all workers.
+        """
+        slowest = max(replies, key=lambda reply: reply["wake_ms"] + reply["wake_kv_ms"])
+        for stage, name in (("wake", "wake_ms"), ("wake KV", "wake_kv_ms")):
+            push[name] = slowest[name]
+            self._part_of("push", stage, slowest[name] / 1e3)
+        workers = [worker for reply in replies for worker in reply["workers"]]
+        push["wall_ms"] = self.push_ms = wall_ms - push["wake_ms"] - push["wake_kv_ms"]
+        push["reset_ms"] = max(reply["reset_ms"] for reply in replies)
+        push |= {"bytes": sum(worker["bytes"] for worker in workers), "workers": workers}
         if len(self.data["pushes"]) < 2:  # the proof's
             self.data["pushes"].append(push)
             size = f"{push['bytes'] / 1e6:.1f} MB into {len(push['workers'])} workers"
             self("push", f"version {push['version']}: {size} in {push['wall_ms']:.1f} ms")
+        return push
 
     def replicas_equal(self, weights: int, replicas: int) -> None:
         """All weights were changed by noise, in all trainers alike."""
@@ -167,7 +186,7 @@ class Report:
     def loop(self, done: int, last: int) -> None:
         """The loop begins after so many steps, and ends after `last`."""
         self.data["steps"] = []
-        self.data["losses"] = []
+        self.data.setdefault("losses", [])  # one before it is in there
         self.first = done
         self.last = last
         self.step_seconds.clear()
@@ -177,6 +196,19 @@ class Report:
         done = len(self.data["steps"])
         total = self.last - self.first
         self.bar = f"[{'#' * (30 * done // total):.<30}] {done}/{total} "
+
+    def trains(self, way: str) -> None:
+        """How the trainers compute a step: what they chose when they began with the first."""
+        if self.data.get("train") != way:
+            self.data["train"] = way
+            self("train", way)
+
+    def sleeps(self, level: int, found: str) -> None:
+        """What --sleep-level auto has chosen for a step, and why. Each choice is told once."""
+        told = self.data.setdefault("sleep_level_auto", {})
+        if str(level) not in told:
+            told[str(level)] = found
+            self("sleep", f"{'engines sleep' if level else 'engines stay awake'} while trainers train: {found}")
 
     def sampled(self, step: int, samples: list[dict], text: Callable, gpu_used_gib: list[float]) -> None:
         """A rollout is rewarded; it will be trained on next. text: decodes token ids."""
@@ -228,7 +260,7 @@ class Report:
 
     def lost(self, loss: Lost) -> None:
         """`all_lost` and `goes_on` follow, if the run goes on."""
-        self.data["losses"].append({"lost": sorted(loss.names), "message": str(loss)})
+        self.data.setdefault("losses", []).append({"lost": sorted(loss.names), "message": str(loss)})
         self("lost", str(loss))
         self.lost_at = time.monotonic()
 

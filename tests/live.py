@@ -21,7 +21,7 @@ from running import ROOT, TINY, deadline, require_nothing_left, shape
 import rlhf_colocate as rc
 from benchmarks import drills
 from benchmarks.traces import Traces
-from colocate import checks, cluster
+from colocate import checks, cluster, memory
 from colocate.config import Stop
 from colocate.preflight import preflight
 from colocate.report import Report
@@ -64,18 +64,19 @@ class Shared(drills.Drilled):
 
     def change(self, **settings) -> Report:
         """Other flags, and a new report, for this test."""
-        self.config = dataclasses.replace(self.config, **settings)
-        self.tell(Report(self.config, []))
+        config = dataclasses.replace(self.config, **settings)
+        self.configure(config, Report(config, []))
         return self.report
 
-    def tell(self, report: Report) -> None:
+    def configure(self, config: rc.Config, report: Report) -> None:
+        self.config = config
         self.report = report
         self.fleet.report = report
+        self.sleep_level = memory.SleepLevel(config.sleep_level, report)
 
     def heal(self) -> None:
         """Bring the layout back to how it was: the checkpoint's weights everywhere, the engine connected and awake."""
-        self.config = self.first_config
-        self.tell(self.first_report)
+        self.configure(self.first_config, self.first_report)
         self.armed = ""
         self.control = ""
         self.stale_after = None

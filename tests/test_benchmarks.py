@@ -1,4 +1,4 @@
-"""Benchmarks on tiny shapes: that they run, compare and count. Times mean nothing here."""
+"""The benchmarks and the soak, on a tiny shape: that they run, compare and count. Times mean nothing here."""
 
 import json
 import subprocess
@@ -30,6 +30,17 @@ def test_push_benchmark(tmp_path):
         assert row["wall_ms_p95"] >= row["wall_ms_p50"] > 0
     assert rows["recorded"]["noop_push_ms"] > 0
     assert rows["recorded"]["shard_bytes"] > 0 and rows["recorded"]["soak_pushes"] == 20
+
+
+def test_rollout_benchmark(tmp_path):
+    sizes = ["--max-tokens", "8", "--prompts-per-step", "2", "--group-size", "3", "--rounds", "2"]
+    found = report(tmp_path, "bench_rollout.py", *shape(tmp_path, **TINY), "--dtype", "float32", *sizes)
+    rows = {row["way"]: row for row in found["rows"]}
+    assert list(rows) == ["plain", "logprobs", "flat", "seeds", "actor", "colocation"]
+    for row in rows.values():
+        assert len(row["seconds"]) == 2 and row["tokens"] == 2 * 3 * 8
+    assert rows["plain"]["times_plain"] == 1
+    assert found["engine"]["max_num_seqs"] == 64 and found["hardware"] and found["versions"]
 
 
 def test_nothing_is_used_up(tmp_path):

@@ -128,12 +128,20 @@ class Engine:
     def __init__(self, *ranks: Rank, prefix_cache_resets: bool = True):
         self.ranks = ranks
         self.prefix_cache_resets = prefix_cache_resets
+        self.resets = 0
 
     def collective_rpc(self, method: str, args: tuple) -> list:
         return [getattr(rank, method)(*args) for rank in self.ranks]
 
     def reset_prefix_cache(self) -> bool:
+        self.resets += 1
         return self.prefix_cache_resets
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.woken = [*getattr(self, "woken", []), *tags]
+
+    def generate(self, prompts: list, params: list, use_tqdm: bool) -> list:
+        return []
 
 
 def with_errors(*errors: Exception | None) -> Engine:
@@ -165,7 +173,7 @@ def test_a_function_is_called_with_the_worker():
 @pytest.fixture
 def without_vllm(monkeypatch):
     """Importing it takes ten seconds."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=None))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
 
 
 def actor(engine: Engine, version: int | None = 7, asleep: tuple[str, ...] = ()) -> rc.MyLLM:
@@ -173,6 +181,7 @@ def actor(engine: Engine, version: int | None = 7, asleep: tuple[str, ...] = ())
     made.llm = engine
     made.version = version
     made.asleep = {*asleep}
+    made.cached = True
     return made
 
 
@@ -214,12 +223,31 @@ def test_an_engine_generates_at_one_version_only(without_vllm):
         actor(Engine(), asleep=("kv_cache",)).generate([[1, 2]], 7, None)
 
 
-def test_a_push_to_sleeping_weights_is_refused():
+def test_sleeping_weights_are_not_written_and_a_push_wakes_them():
     asleep = actor(Engine(Rank(None)), asleep=("weights", "kv_cache"))
     with pytest.raises(RuntimeError, match="wake_up"):
+        asleep.collective_rpc("push_weights", 8)
+    pushed = asleep.push("push_weights", 8, 8)
+    assert asleep.llm.woken == ["weights", "kv_cache"] and not asleep.asleep
+    assert all(pushed[name] >= 0 for name in ("wake_ms", "reset_ms", "wake_kv_ms"))
+
+
+def test_a_push_that_fails_leaves_the_kv_cache_asleep():
+    asleep = actor(Engine(Rank(HandleError("stale"))), asleep=("weights", "kv_cache"))
+    with pytest.raises(HandleError):
         asleep.push("push_weights", 8, 8)
-    asleep.asleep = {"kv_cache"}
-    assert asleep.push("push_weights", 8, 8)
+    assert asleep.llm.woken == ["weights"] and asleep.asleep == {"kv_cache"}
+
+
+def test_the_prefix_cache_is_reset_once_after_each_rollout(without_vllm):
+    """Ahead of the push, while the trainers work; where that did not happen, in the push."""
+    engine = actor(Engine(Rank(None)))
+    engine.reset_prefix_cache()
+    engine.push("push_weights", 8, 8)
+    assert engine.llm.resets == 1
+    engine.generate([[1, 2]], 8, None)
+    engine.push("push_weights", 8, 8)
+    assert engine.llm.resets == 2
 
 
 def test_the_kv_cache_wakes_up_after_the_push():

@@ -19,7 +19,7 @@ def test_the_reward_rises_on_two_engines(tmp_path):
     paths = {name: tmp_path / name for name in ("metrics.jsonl", "plot.png", "trace.json")}
     files = [x for name, path in paths.items() for x in ("--" + name.split(".")[0], str(path))]
     layout = [*QUICK, "--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "16", "--max-tokens", "8"]
-    run = Run(tmp_path, *layout, *shape(tmp_path, **TINY), *files)
+    run = Run(tmp_path, *layout, "--check-replicas-every", "5", *shape(tmp_path, **TINY), *files)
     report = run.passed()
     assert [(r["engine"], r["tp_rank"]) for r in report["placement"]] == [(0, 0), (1, 0)]
     rows = report["steps"]
@@ -33,7 +33,10 @@ def test_the_reward_rises_on_two_engines(tmp_path):
         assert row["tokens"] == 64 * 8
         stages = {"rollout", "sleep", "reward", "train", "wake", "push", "wake KV"}
         assert row["seconds"].keys() - {"verify"} == stages
-    assert len({r["weights"] for r in rows}) == len(rows), "every step changes the weights"
+    compared = {r["step"]: r["weights"] for r in rows if "weights" in r}
+    assert list(compared) == [1, 5, 10, 15, 16], "the first, the last, and every fifth"
+    assert len({*compared.values()}) == 5, "steps change the weights"
+    assert run.stdout.count("[train] ") == 3 and "attention, packed sequences" in run.stdout
     assert run.stdout.count("[step]") == 17 and "tokens/s" in run.stdout
     assert paths["plot.png"].read_bytes().startswith(b"\x89PNG")
     events = json.loads(paths["trace.json"].read_text())["traceEvents"]

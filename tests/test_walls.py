@@ -21,6 +21,7 @@ import pytest
 import rlhf_colocate as rc
 from colocate import cluster, fleet
 from colocate.config import FAIL, Config, Lost, Stop
+from colocate.memory import SleepLevel
 from colocate.report import Report
 from colocate.watch import Watch
 
@@ -188,6 +189,7 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
     colocation.trainers = ["trainer 0", "trainer 1"]
     colocation.engines = ["engine 0", "engine 1"]
     colocation.trained = trained
+    colocation.sleep_level = SleepLevel("auto", colocation.report)
     colocation.fleet = SimpleNamespace(
         stage=lambda name: nullcontext(),
         find_all_lost=lambda loss: loss.names,
