@@ -330,12 +330,14 @@ for name, (fault, check) in FAULTS.items():
 DEADLINES = ("--stage-timeout", "push={push_s:g},rollout={rollout_s:g}")
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
-    "survive": [*TWO, "--steps", "13", "--max-restarts", "12", *CHECKPOINT, *DEADLINES],  # a save compares replicas
+    # A save compares replicas.
+    "survive": [*TWO, "--steps", "13", "--max-restarts", "12", "--sleep-level", "2", *CHECKPOINT, *DEADLINES],
     "no-checkpoint": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "6", "--max-restarts", "10"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
     "drifted-replicas": [*TWO, "--steps", "2"],
+    "oom-wake": [*ONE, "--steps", "3", "--sleep-level", "2"],
     "corrupt-handle": [*ONE, "--steps", "0"],
     **{name: [*TWO, "--steps", "0"] for name in FAULTS},
 }
@@ -703,7 +705,7 @@ def play(names: list[str], flags: list[str], patience: float) -> tuple[list[dict
         seconds = time.monotonic() - start
         left = traces.left(patience * 10)
         done = json.loads(report.read_text()) if report.exists() else {}
-        weights = done["steps"][-1]["weights"] if done.get("steps") else None  # their digest, after the last step
+        weights = done["steps"][-1].get("weights") if done.get("steps") else None  # their digest, after the last step
         if inside.exists():
             left["/dev/shm"] += inside.read_text().split()
     left["GPU MiB"] = max(0, gpu_used_mib() - gpu)

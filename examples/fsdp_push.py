@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import rlhf_utils
 
 if not torch.version.cuda:  # vLLM's CPU build. Its processes import this file, too, or are forked from this one
-    os.environ["RLHF_COLOCATE_ROLE"] = "engine"
+    os.environ |= {"RLHF_COLOCATE_ROLE": "engine", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     rlhf_utils.preload_engine_process()  # keeps vLLM's layers plain, as they are on a GPU
 
 import transformers
