@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PING_S = 10.0  # enough for an actor that is not stuck
 EXIT_CODES = {"NotHandled": MISSING}  # by the kind of an actor's error: this model cannot be pushed, no check failed
 OUT_OF_MEMORY = {  # stage -> what to type
-    "train": "--sleep-level 2 (if it was lower), --tokens-per-micro-batch 1024, --gradient-checkpointing, or a lower "
+    "train": "--sleep-level 2 (unless it was 2), --tokens-per-micro-batch 1024, --gradient-checkpointing, or a lower "
     "--gpu-memory-utilization",
     **dict.fromkeys(("wake", "push"), "a lower --gpu-memory-utilization, or --offload-optimizer"),
 }
