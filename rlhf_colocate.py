@@ -145,6 +145,8 @@ class RayTrainingActor:
 
         # Some published ones are invalid, and refuse to be saved; the original file is copied instead.
         self.model.generation_config = GenerationConfig.from_model_config(self.model.config)
+        # transformers 5.19 lets rank 0 alone write, but a replica that is left may have another one.
+        self.model.should_save_on_this_rank = lambda is_main_process: True
         self.model.save_pretrained(folder)
         self.learner.save(Path(folder))
 
@@ -522,7 +524,8 @@ class Colocation:
         newest = -1
         for name in survivors:
             try:
-                steps = self.fleet.ask([name], "state")[0]["steps"]  # raises if its weights are not finite
+                self.fleet.ask([name], checks.weight_digests)  # raises if its weights are not finite
+                steps = self.fleet.ask([name], "state")[0]["steps"]
                 if steps > newest:
                     self.save(Path(self.config.checkpoint or self.folder / "saved"), by=name)
                     newest = steps

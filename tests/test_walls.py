@@ -168,6 +168,22 @@ def test_weights_of_a_step_that_failed_are_no_version(trainer):
     assert int(trainer.version) == -1
 
 
+def test_a_replica_that_is_left_saves_whatever_its_rank(tmp_path):
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
+    survivor = bare(rc.RayTrainingActor, model=model, learner=SimpleNamespace(save=lambda folder: None))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        survivor.save(str(tmp_path))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[str]:
     """What a recovery does, in order. broken: engines whose disconnect raises. trained: a step has begun before."""
     done = []
