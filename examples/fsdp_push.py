@@ -7,6 +7,7 @@ that it needs where they lie, the other GPU's over NVLink.
 """
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -46,12 +47,11 @@ def train(rank: int, folder: str, store: str, pipe) -> None:
         rlhf_utils.share_memory([*memory.values(), version])
     readers = [None, None]
     torch.distributed.all_gather_object(readers, rlhf_utils.device_uuid(device))
-    torch.manual_seed(rank)
     while step := pipe.recv():
         if step == "handles":  # new ones for each use: one export may be opened once only
             pieces = [*rlhf_utils.checkpoint_tensors(model, memory), (rlhf_utils.VERSION, version)]
-            name = readers[rank] if CUDA else f"trainer {rank}"
-            pipe.send((name, rlhf_utils.export_handles(pieces, list(dict.fromkeys(readers)))))
+            message = rlhf_utils.export_handles(pieces, list(dict.fromkeys(readers)))
+            pipe.send((readers[rank] if CUDA else f"trainer {rank}", message))
             continue
         version.fill_(-1)  # the weights are changing: a push now is refused
         for master in masters.values():  # your optimizer's step on the shards
@@ -64,10 +64,12 @@ def train(rank: int, folder: str, store: str, pipe) -> None:
 
 
 def compare(worker, messages: dict) -> dict:
-    """On a worker: digests of the weights as it reads them, and of the engine's parameters."""
+    """On a worker: digests of the weights as it reads them, and of the engine's parameters; what it has in /dev/shm."""
     with rlhf_utils.open_pieces(messages, rlhf_utils.device_uuid(worker.device), worker.device) as weights:
         mapped = {name: rlhf_utils.digest(rlhf_utils.whole(pieces)) for name, pieces in weights.items()}
-    return {"mapped": mapped, "held": {n: rlhf_utils.digest(p) for n, p in worker.get_model().named_parameters()}}
+    held = {name: rlhf_utils.digest(p) for name, p in worker.get_model().named_parameters()}
+    shared = re.findall(r" /dev/shm/(vllm_dist_[^/\n]+)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return {"mapped": mapped, "held": held, "shared": shared}
 
 
 def main(folder: str) -> int:
@@ -75,11 +77,11 @@ def main(folder: str) -> int:
     options = {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.4, "max_model_len": 256, "enforce_eager": True}
     options |= {"worker_extension_cls": "rlhf_utils.ColocateWorkerExtension", "dtype": str(DTYPE)[6:]}
     llm = vllm.LLM(folder, tensor_parallel_size=2, **options)
-    store = tempfile.mkdtemp() + "/store"  # where the trainers meet
+    meeting = tempfile.TemporaryDirectory()  # the trainers'
     context = torch.multiprocessing.get_context("spawn")
     pipes, theirs = zip(*(context.Pipe() for _ in range(2)), strict=True)
     for rank in range(2):
-        context.Process(target=train, args=(rank, folder, store, theirs[rank]), daemon=True).start()
+        context.Process(target=train, args=(rank, folder, f"{meeting.name}/store", theirs[rank]), daemon=True).start()
 
     def ask(what) -> list:
         for pipe in pipes:
@@ -108,10 +110,11 @@ def main(folder: str) -> int:
     print(f"{sum(len(w['held']) for w in pushed)} parameters compared, wrong: {', '.join(wrong) or 'none'}")
     for pipe in pipes:
         pipe.send(None)
+    llm.llm_engine.engine_core.shutdown()
+    for file in {file for worker in loaded for file in worker["shared"]}:
+        Path("/dev/shm", file).unlink(missing_ok=True)  # workers on CPUs are ended before they remove these
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else __doc__)
