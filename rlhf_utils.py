@@ -123,6 +123,11 @@ class Piece:
     start: tuple[int, ...]
     remote: bool = False  # it lies in another GPU's memory
 
+    @staticmethod
+    def of(weight: torch.Tensor) -> Piece:
+        """All of it."""
+        return Piece(weight, tuple(weight.shape), (0,) * weight.dim())
+
 
 def checkpoint_tensors(
     model: torch.nn.Module, memory: dict[str, torch.Tensor] | None = None
@@ -196,7 +201,7 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
     index: dict[int, int] = {}
     weights = []
     for name, tensor in named_tensors:
-        piece = tensor if isinstance(tensor, Piece) else Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+        piece = tensor if isinstance(tensor, Piece) else Piece.of(tensor)
         tensor = piece.tensor
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -340,8 +345,8 @@ def _open_storage(s: dict, device: torch.device, number: int) -> torch.UntypedSt
     torch.cuda._lazy_init()
     # The sender's device index means nothing here: this worker may see more GPUs, or in another order. With its own
     # index it maps memory of another GPU, too, and reads it over NVLink or PCIe.
-    s = s["exports"][number]
-    fields = (s["handle"], s["nbytes"], s["offset"], s["ref_handle"], s["ref_offset"], s["event"], s["event_sync"])
+    e = s["exports"][number]
+    fields = (e["handle"], s["nbytes"], e["offset"], e["ref_handle"], e["ref_offset"], e["event"], e["event_sync"])
     return torch.UntypedStorage._new_shared_cuda(device.index, *fields)
 
 
@@ -352,7 +357,7 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
     VERSION is among the weights: its pieces are the version words of all trainers that are read.
     """
     with contextlib.ExitStack() as mapping:
-        pieces: dict[str, list[Piece]] = {}
+        found: dict[str, dict] = {}  # pieces of each weight, by what only one of them may be
         for owner in sorted(messages, key=lambda owner: owner != gpu):
             message = messages[owner]
             if not _may_read(gpu, owner, message):
@@ -361,11 +366,10 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
             for w in message["weights"]:
                 tensor = tensors[w["name"]]
                 piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu)
-                others = pieces.setdefault(w["name"], [])
-                if w["name"] == VERSION or all(
-                    (p.start, p.tensor.shape) != (piece.start, tensor.shape) for p in others
-                ):
-                    others.append(piece)
+                key = owner if w["name"] == VERSION else (piece.start, tensor.shape)
+                found.setdefault(w["name"], {}).setdefault(key, piece)
+        pieces = {name: list(by_key.values()) for name, by_key in found.items()}
+        found.clear()
         try:
             yield pieces
         finally:
@@ -407,6 +411,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
     wrong = []
     shapes: Shapes = {}
     first: dict[str, str] = {}  # sender of each weight's first piece
+    boxes: dict[str, dict] = {sender: {} for sender in messages}  # {weight: (start, shape)} of its piece
     for sender in sorted(messages, key=lambda sender: sender != gpu):
         message = messages[sender]
         _check_checksum(message)
@@ -422,19 +427,17 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
             if spec[1] != dtype:
                 wrong.append(f"wrong dtype: {name}: {_name(spec[1])} ({sender}), and {_name(dtype)} ({own})")
             counts[name] += 1
+            boxes[sender][name] = (tuple(w["start"]), tuple(w["shape"]))
         wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
         if counts[VERSION] != 1 or shapes[VERSION] != ((), torch.int64):
             wrong.append(f"missing: {VERSION} ({sender}): export it beside the weights, an int64 scalar")
     for reader in [] if wrong else readers:
-        boxes: dict[str, set] = {name: set() for name in shapes}
-        for sender, message in messages.items():
-            if _may_read(reader, sender, message):
-                for w in message["weights"]:
-                    boxes[w["name"]].add((tuple(w["start"]), tuple(w["shape"])))
+        readable = [boxes[sender] for sender, message in messages.items() if _may_read(reader, sender, message)]
         for name, (shape, _) in shapes.items():
-            strides = tuple(_strides(shape))
-            parts = [Slice(n, strides, sum(map(math.prod, zip(at, strides, strict=True)))) for at, n in boxes[name]]
-            parts = [part for part in parts if part.numel()]
+            pieces = {held[name] for held in readable if name in held}
+            if pieces == {((0,) * len(shape), shape)}:  # a replica's; a connection waits for this
+                continue
+            parts = [Slice.at(start, size, shape) for start, size in pieces if math.prod(size)]
             if (count := covered_once(parts, shape)) is None:
                 wrong.append(f"overlapping: {name}: pieces of it ({reader})")
             elif count != math.prod(shape):
@@ -467,6 +470,12 @@ class Slice:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+    @staticmethod
+    def at(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Slice:
+        """The box of this size that begins at `start`, of a tensor of this shape."""
+        strides = _strides(shape)
+        return Slice(tuple(size), tuple(strides), sum(map(math.prod, zip(start, strides, strict=True))))
 
     def box(self, shape: Sequence[int]) -> list[tuple[int, int]] | None:
         """The (start, stop) in each dimension of the whole tensor; None if it is no box. It may be a transposed one."""
@@ -1288,8 +1297,12 @@ def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]
             # vLLM 0.32 packs experts for the CPU only while it builds their kernel, so a reload that finds one leaves
             # them unpacked and the engine wrong: let it build another (UnquantizedFusedMoEMethod._setup_kernel).
             method.moe_kernel = None
+
+    def addresses() -> list[int]:
+        return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+
     put_back = _tensors_of(modules)
-    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    before = addresses()
     with set_current_vllm_config(vllm_config):  # kernels are built anew, and look into it
         try:
             initialize_layerwise_reload(model)
@@ -1302,7 +1315,7 @@ def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]
             for module in modules:
                 get_layerwise_info(module).reset()
             raise
-    if [t.data_ptr() for t in (*model.parameters(), *model.buffers())] != addresses:
+    if addresses() != before:
         raise RuntimeError("vLLM's layerwise reload moved a parameter: recorded copies would go to where it was")
 
 

@@ -195,7 +195,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         # The recorded plan must bring in new values exactly as the loaders bring them.
         recording = u.record_loaders(model, config.model_config, shapes, world)
         named = weights | {u.VERSION: version}
-        pieces = {n: [u.Piece(t, tuple(t.shape), (0,) * t.dim())] for n, t in named.items()}
+        pieces = {n: [u.Piece.of(t)] for n, t in named.items()}
         plan = u.CopyPlan(model, config, recording, pieces)
         found["copies"], found["loaders"] = len(plan.copies), len(recording.loaders)
         change(1)

@@ -46,7 +46,7 @@ def plainly(model: Model, name: str, weight: torch.Tensor) -> None:
 
 def pieces(values: dict[str, torch.Tensor], version: torch.Tensor) -> dict[str, list[Piece]]:
     """Whole weights, as a trainer that is not sharded has them."""
-    return {n: [Piece(t, tuple(t.shape), (0,) * t.dim())] for n, t in (values | {VERSION: version}).items()}
+    return {n: [Piece.of(t)] for n, t in (values | {VERSION: version}).items()}
 
 
 def weights(**shapes) -> dict:
