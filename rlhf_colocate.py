@@ -432,13 +432,12 @@ class Colocation:
         groups = self.fleet.ask(self.engines, "generate", each=each, **sampling)
         return [sample for i in range(len(prompts)) for sample in groups[i % n][i // n]]
 
-    def sleep(self, samples: list[dict]) -> Callable[[], list[float]]:
+    def sleep(self, samples: list[dict]) -> Callable[[], list]:
         """Let the engines give up memory for a step with these samples, unless it has room beside them.
 
-        Returns at once, with a function that waits: GiB in use on the fullest GPU, by all, before and after.
+        Returns at once, with a function that waits for what their `sleep` returns.
         """
-        level = self.sleep_level.choose(samples)
-        return self.sleep_level.noting(self.fleet.begin(self.engines, "sleep", level))
+        return self.fleet.begin(self.engines, "sleep", self.sleep_level.choose(samples))
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
@@ -610,7 +609,7 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
         for sample, a in zip(samples, advantages([s["reward"] for s in samples], config.group_size), strict=True):
             sample["advantage"] = a
     with stage("sleep"):
-        report.sampled(step, samples, task.text, asleep())
+        report.sampled(step, samples, task.text, colocation.sleep_level.note(asleep()))
     with stage("train"):
         metrics = colocation.train(samples)
     if compare:

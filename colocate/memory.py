@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from colocate.config import LONGEST_PROMPT, MISSING, Config, Stop
@@ -232,15 +232,11 @@ class SleepLevel:
         self.report.sleeps(level, found)
         return level
 
-    def noting(self, asleep: Callable[[], list]) -> Callable[[], list[float]]:
-        """asleep: waits for the engines' `sleep`. Returns what does the same, and gives GiB on the fullest GPU."""
-
-        def wait() -> list[float]:
-            before, after = (max(of_engines) for of_engines in zip(*asleep(), strict=True))
-            self.awake = before
-            return [before / GIB, after / GIB]
-
-        return wait
+    def note(self, used: list[tuple[int, int]]) -> list[float]:
+        """used: what each engine's `sleep` returned. Returns GiB in use on the fullest GPU, before and after."""
+        before, after = (max(of_engines) for of_engines in zip(*used, strict=True))
+        self.awake = before
+        return [before / GIB, after / GIB]
 
     def measure(self, samples: list[dict], gpus: list[dict[str, int]]) -> dict[str, float]:
         """gpus: `of_step` of all trainers, after these samples. Returns {"step_gib"} for the metrics, {} on a CPU."""

@@ -24,7 +24,8 @@ def level_after(
     chosen = []
     for tokens, awake, step in steps:
         chosen.append(level.choose(samples(tokens)))
-        assert level.noting(lambda used=awake * GIB: [(used, used), (used - GIB, 0)])() == [awake, awake]
+        used = awake * GIB
+        assert level.note([(used, used), (used - GIB, 0)]) == [awake, awake]
         gpus = [{"total": 80 * GIB, "step": step * GIB}, {"total": 81 * GIB, "step": step * GIB / 2}]
         assert level.measure(samples(tokens), gpus) == {"step_gib": step}
     return level, chosen, report
