@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from shapes import SHAPES  # noqa: E402
+from tables import PEAK_FLOPS  # noqa: E402
 
 PROMPT_TOKENS = 16
 WARM_UP = 2
@@ -37,7 +38,6 @@ CASES = [
     ("Qwen2.5-1.5B", 64, 256, "full", 4, {}),
     ("Qwen2.5-3B", 64, 256, "full", 4, {}),
 ]
-PEAK_FLOPS = 989e12  # an H100 SXM's, dense bf16
 
 
 def make_samples(sequences: int, tokens: int, lengths: str, generator) -> list[dict]:

@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
 import push_peers  # noqa: E402
-from push_peers import METHODS, PeerColocation, milliseconds  # noqa: E402
+from push_peers import PeerColocation, milliseconds  # noqa: E402
 from shapes import SHAPES, write_shape  # noqa: E402
+from tables import METHODS  # noqa: E402
 
 from colocate import checks, cluster  # noqa: E402
 from colocate.config import Config, Stop  # noqa: E402
@@ -145,9 +146,9 @@ def main() -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--pushes", type=int, default=30, help="counted pushes per method (default: 30)")
     parser.add_argument("--warmup", type=int, default=3, help="pushes per method before them (default: 3)")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="beside recorded; default: all that run"
-    )
+    every = tuple(METHODS)
+    text = "beside recorded; default: all that run"
+    parser.add_argument("--methods", nargs="+", choices=every, default=every, help=text)
     parser.add_argument("--soak", type=int, default=0, help="recorded pushes in a row afterwards (default: 0)")
     parser.add_argument("--output", required=True, help="JSON; rows are added to those already in it")
     args = parser.parse_args()

@@ -18,7 +18,6 @@ import rlhf_colocate as rc
 import rlhf_utils
 from colocate import cluster
 
-METHODS = ("simple", "recorded", "bucket", "vllm", "vllm-packed")
 BUCKET_BYTES = 512 * 2**20
 PACKED_BYTES = 2**30  # vLLM's default
 

