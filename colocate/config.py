@@ -50,7 +50,7 @@ def flag(default, text: str, **extra):
 
 def level(text: str) -> int | str:
     """A value of --sleep-level."""
-    return text if text == "auto" else int(text)
+    return int(text) if text.isdecimal() else text
 
 
 class OneLine(argparse.ArgumentParser):
