@@ -224,9 +224,24 @@ SIDES = {
 }
 
 
-def trl_rows() -> list[dict]:
-    """Rows of bench_trl.py."""
-    return [row for r in load("trl-*.json").values() for row in r["rows"]]
+def trl_rows(**wanted) -> list[dict]:
+    """Rows of bench_trl.py that have these values."""
+    rows = [row for r in load("trl-*.json").values() for row in r["rows"]]
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def our_runs(lengths: str, model: str = SHAPE, sleep: bool = True) -> list[dict]:
+    """Our runs on one GPU, with our defaults."""
+    return trl_rows(gpus=1, side="ours", variant="default", lengths=lengths, model=model, sleep=sleep)
+
+
+def their_runs(lengths: str, off: bool = False, model: str = SHAPE) -> list[dict]:
+    """TRL's runs on one GPU with the shorter mean step, of those with its correction on or off."""
+    kinds: dict[tuple, list[dict]] = {}
+    for row in trl_rows(gpus=1, side="trl", lengths=lengths, model=model, sleep=True):
+        if row["variant"].endswith("-off") == off:
+            kinds.setdefault((row["variant"], row["micro_batch_size"]), []).append(row)
+    return min(kinds.values(), key=lambda kind: mean(kind, "step_s_mean"), default=[])
 
 
 def mean(rows: list[dict], name: str) -> float | None:
@@ -267,22 +282,6 @@ def trl_steps() -> str:
 
 def trl_goals() -> str:
     """Ours beside TRL on one GPU: a goal that has not been measured says so."""
-    every = [row for row in trl_rows() if row["gpus"] == 1]
-
-    def rows(side: str, lengths: str, model: str = SHAPE, sleep: bool = True, **more) -> list[dict]:
-        wanted = {"side": side, "lengths": lengths, "model": model, "sleep": sleep, **more}
-        return [row for row in every if all(row[name] == value for name, value in wanted.items())]
-
-    def ours(lengths: str, model: str = SHAPE, **more) -> list[dict]:
-        return rows("ours", lengths, model, variant="default", **more)
-
-    def better(lengths: str, off: bool = False, model: str = SHAPE) -> list[dict]:
-        """TRL's runs with the shorter mean step, of those with its correction on or off."""
-        kinds: dict[tuple, list[dict]] = {}
-        for row in rows("trl", lengths, model):
-            if row["variant"].endswith("-off") == off:
-                kinds.setdefault((row["variant"], row["micro_batch_size"]), []).append(row)
-        return min(kinds.values(), key=lambda kind: mean(kind, "step_s_mean"), default=[])
 
     def ratio(own: list[dict], theirs: list[dict], name: str = "step_s_mean") -> float | None:
         a = mean(own, name)
@@ -290,14 +289,14 @@ def trl_goals() -> str:
         return a / b if a and b else None
 
     def longest(lengths: str) -> float | None:
-        return max((row["step_s_max"] / row["step_s_p50"] for row in ours(lengths)), default=None)
+        return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths)), default=None)
 
     def flop_share(own: list[dict]) -> float | None:
         shares = [6 * r["parameters"] * (r["tokens"] + r["prompt_tokens"]) / r["train_s"] / PEAK_FLOPS for r in own]
         return statistics.fmean(shares) if shares else None
 
     def started(side: str, caches: str) -> list[dict]:
-        return [row for row in every if row["side"] == side and row["model"] == SHAPE and row["caches"] == caches]
+        return trl_rows(gpus=1, side=side, model=SHAPE, caches=caches)
 
     def times(value: float) -> str:
         return f"{value:.2f} ×"
@@ -318,25 +317,27 @@ def trl_goals() -> str:
         lines.append([text, limit, NOT_MEASURED if value is None else unit(value), met])
 
     for lengths, bound in (("uneven", 0.5), ("full", 0.6)):
-        goal(f"step, {lengths} lengths, correction on", ratio(ours(lengths), better(lengths)), bound, times)
+        goal(f"step, {lengths} lengths, correction on", ratio(our_runs(lengths), their_runs(lengths)), bound, times)
     for lengths in ("uneven", "full"):
-        goal(f"step, {lengths} lengths, correction off", ratio(ours(lengths), better(lengths, off=True)), 0.7, times)
-    goal("train, full lengths", mean(ours("full"), "train_s"), 0.4, seconds)
+        value = ratio(our_runs(lengths), their_runs(lengths, off=True))
+        goal(f"step, {lengths} lengths, correction off", value, 0.7, times)
+    goal("train, full lengths", mean(our_runs("full"), "train_s"), 0.4, seconds)
     for lengths in ("uneven", "full"):
         goal(f"longest step, {lengths} lengths, beside the median", longest(lengths), 1.3, times)
-    goal("hand-over, full lengths", ratio(ours("full"), better("full"), "handover_s"), 0.5, times)
-    goal("hand-over, engines awake", mean(ours("full", sleep=False), "handover_s"), 0.02, seconds)
-    fp32 = rows("trl", "full", variant="fp32")
-    goal("peak GPU memory, beside float32 weights", ratio(ours("full"), fp32, "peak_gib"), 1.0, times)
+    goal("hand-over, full lengths", ratio(our_runs("full"), their_runs("full"), "handover_s"), 0.5, times)
+    goal("hand-over, engines awake", mean(our_runs("full", sleep=False), "handover_s"), 0.02, seconds)
+    fp32 = trl_rows(gpus=1, side="trl", variant="fp32", lengths="full", model=SHAPE, sleep=True)
+    goal("peak GPU memory, beside float32 weights", ratio(our_runs("full"), fp32, "peak_gib"), 1.0, times)
     for caches in ("warm", "cold"):
         value = ratio(started("ours", caches), started("trl", caches), "start_s")
         goal(f"start to first step, {caches} caches", value, 0.9, times)
     for model in ("Qwen2.5-1.5B", "Qwen2.5-3B"):
         for lengths in ("uneven", "full"):
-            value = ratio(ours(lengths, model), better(lengths, model=model))
+            value = ratio(our_runs(lengths, model), their_runs(lengths, model=model))
             goal(f"step of {model}, {lengths} lengths, correction on", value, None, times)
-    goal("FLOP of training, of an H100's peak, Qwen2.5-3B", flop_share(ours("full", "Qwen2.5-3B")), 0.3, percent, True)
-    goal("rewards of seeds, apart, beside their spread", rewards_apart(every), 1.0, times)
+    share = flop_share(our_runs("full", "Qwen2.5-3B"))
+    goal("FLOP of training, of an H100's peak, Qwen2.5-3B", share, 0.3, percent, least=True)
+    goal("rewards of seeds, apart, beside their spread", rewards_apart(trl_rows(gpus=1)), 1.0, times)
     return table([f"{SHAPE}, 64 × 256 tokens, one GPU: ours beside TRL", "goal", "measured", "met"], lines)
 
 
@@ -371,17 +372,18 @@ def numbers() -> str:
     pushed = next(m for (_, shape), m in bench_shapes().items() if shape.startswith("Qwen2.5-7B"))
     wall = pushed["recorded"]["wall_ms_p50"]
     theirs = pushed["vllm"]["wall_ms_p50"]
-    loop = load("loop-1xh100-qwen2.5-0.5b.json")["loop-1xh100-qwen2.5-0.5b"]["steps"]
-    handover = statistics.median(sum(s["seconds"].get(p, 0) for p in HANDOVER) for s in loop)
-    whole = statistics.median(sum(s["seconds"].values()) for s in loop)
+    ours = our_runs("full")
+    step = mean(ours, "step_s_mean")
+    handover = mean(ours, "handover_s")
+    of_trl = mean(their_runs("full"), "step_s_mean")
     start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
     drilled = {row["drill"]: row for row in load("drills-2xh100.json")["drills-2xh100"]["rows"]}
     back = [drilled[d]["recovered_s"] for d in ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push")]
     rows = [
         ["push of Qwen2.5-7B into an engine of TP=2", f"{wall:.1f} ms (vLLM's own IPC transfer: {theirs:.0f} ms)"],
         [
-            "sleep, wake and push in a step of Qwen2.5-0.5B, 64 × 256 tokens, one GPU",
-            f"{handover:.2f} s of {whole:.2f} s",
+            "a step of Qwen2.5-0.5B, 64 × 256 tokens, one GPU: of it sleep, wake and push",
+            f"{step:.2f} s: {handover:.2f} s (TRL's whole step: {of_trl:.2f} s)",
         ],
         ["from the command to the first verified push, opt-125m", f"{start:.0f} s, nearly all of it imports"],
         ["an engine's worker killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
