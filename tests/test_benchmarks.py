@@ -54,7 +54,8 @@ def test_nothing_is_used_up(tmp_path):
         assert len(slopes) == 2 * 4 + 2, "descriptors and threads of four kinds of processes; GPU; /dev/shm"
         if kind == "steps":  # vLLM's queues are sparse files there, which the first steps fill page by page
             del slopes["/dev/shm bytes"]
-        growing = {k: s for k, s in slopes.items() if s["low"] > 0}
+        # Pools of threads (Ray's, gRPC's) may start one or two yet; what each second step leaves behind is more.
+        growing = {k: s for k, s in slopes.items() if s["low"] * count > (0 if k.endswith("bytes") else 4)}
         assert not growing, growing
 
 
