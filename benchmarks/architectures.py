@@ -1,6 +1,6 @@
 """What of each architecture the placement check compares: real vLLM models, filled by vLLM's own loaders.
 
-    python benchmarks/architectures.py --output results/architectures.json        # about two minutes, vLLM's CPU build
+    python benchmarks/architectures.py --output results/architectures.json    # some three minutes, vLLM's CPU build
 
 No engine and no Ray: as many processes as tensor-parallel ranks, joined by gloo, build tiny models one after the other,
 load them from a transformers model with other weights, and compare. tests/test_layout.py says what must be found.
@@ -82,6 +82,65 @@ MODELS = {
     "cohere-qk-norm": of("CohereForCausalLM", "cohere", use_qk_norm=True, tie_word_embeddings=True),
     "phi": of("PhiForCausalLM", "phi", num_key_value_heads=4),
     "mamba": of("MambaForCausalLM", "mamba", state_size=16, tie_word_embeddings=True),
+    "mistral": of("MistralForCausalLM", "mistral", sliding_window=32),
+    "ministral3": of("Ministral3ForCausalLM", "ministral3", head_dim=32),
+    "gemma": of("GemmaForCausalLM", "gemma", head_dim=32, tie_word_embeddings=True),
+    "gemma3": of("Gemma3ForCausalLM", "gemma3_text", head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True),
+    "granite": of("GraniteForCausalLM", "granite", logits_scaling=8.0, residual_multiplier=0.5),
+    "olmo2": of("Olmo2ForCausalLM", "olmo2"),
+    "olmoe": of("OlmoeForCausalLM", "olmoe", num_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": of(
+        *("Qwen2MoeForCausalLM", "qwen2_moe"),
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+    ),
+    "granitemoeshared": of(
+        *("GraniteMoeSharedForCausalLM", "granitemoeshared"),
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
+    ),
+    "starcoder2": of("Starcoder2ForCausalLM", "starcoder2"),
+    "cohere2": of("Cohere2ForCausalLM", "cohere2", tie_word_embeddings=True, sliding_window=32, head_dim=32),
+    "nemotron": of("NemotronForCausalLM", "nemotron", head_dim=32),
+    "smollm3": of("SmolLM3ForCausalLM", "smollm3"),
+    "exaone4": of("Exaone4ForCausalLM", "exaone4", sliding_window=32, sliding_window_pattern=2),
+    "apertus": of("ApertusForCausalLM", "apertus"),
+    "ernie4-5": of("Ernie4_5ForCausalLM", "ernie4_5", head_dim=32),
+    "ernie4-5-moe": of(
+        *("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"), moe_num_experts=4, moe_k=2, moe_intermediate_size=64
+    ),
+    "glm4-moe": of(
+        *("Glm4MoeForCausalLM", "glm4_moe"),
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+    ),
+    "minicpm3": of("MiniCPM3ForCausalLM", "minicpm3", num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32),
+    "mamba2": of(
+        *("Mamba2ForCausalLM", "mamba2"), intermediate_size=256, state_size=16, num_heads=8, head_dim=32, n_groups=1
+    ),
+    "deepseek-v3": of(
+        *("DeepseekV3ForCausalLM", "deepseek_v3"),
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        topk_method="noaux_tc",
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=64,
+    ),
+    "hyperclovax": of("HyperCLOVAXForCausalLM", "hyperclovax", head_dim=32),
     "falcon-h1": of(
         *("FalconH1ForCausalLM", "falcon_h1"),
         mamba_d_ssm=256,
@@ -135,12 +194,14 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
 
     import rlhf_utils as u
     from colocate import verify
+    from colocate.model_folder import make_parameters
 
     u.preload_engine_process()
     model, config = build(folder, rank, world, port)
     torch.manual_seed(1)
     with set_current_vllm_config(config):  # vLLM decorates the classes of transformers that it builds on
         trainer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    make_parameters(trainer)
     version = torch.zeros((), dtype=torch.int64)
     u.share_memory([*trainer.parameters(), version])
 

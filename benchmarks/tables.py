@@ -198,7 +198,8 @@ def architectures() -> str:
         one = row["tp1"]
         two = row["tp2"]
         if "refused" in one:
-            rows.append([f"{name} (`{one['architecture']}`)", *["–"] * 5, "refused before anything is loaded"])
+            why = one["refused"].partition("nothing was loaded: ")[2].partition(";")[0]
+            rows.append([f"{name} (`{one['architecture']}`)", *["–"] * 5, f"refused before anything is loaded: {why}"])
             continue
         counts = [f"{one[kind]:,}" for kind in ("compared", "processed", "unknown", "padding")]
         shown = sorted({re.sub(r"^.*\.\d+\.", "", n) for n in one["unknown_parameters"]})

@@ -106,6 +106,8 @@ class Learner:
         options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
         self.optimizer = torch.optim.AdamW(self.masters, **options)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if not parameter.requires_grad:
+                continue
             parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         self._move_between_steps()
 

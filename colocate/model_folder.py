@@ -507,7 +507,9 @@ def load_model(folder: str, load_format: str, dtype: str, seed: int, device: tor
     if load_format == "dummy":
         torch.manual_seed(seed)
         with device:
-            return AutoModelForCausalLM.from_config(config, **options)
+            model = AutoModelForCausalLM.from_config(config, **options)
+        make_parameters(model)
+        return model
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     if wrong := describe_loading(info):
@@ -516,4 +518,20 @@ def load_model(folder: str, load_format: str, dtype: str, seed: int, device: tor
     head = model.get_output_embeddings()
     if config.tie_word_embeddings and embedding.weight is not head.weight:
         raise ValueError(f"{folder}/config.json ties the head to the embedding, but the checkpoint's differ")
+    make_parameters(model)
     return model.to(device)
+
+
+def make_parameters(model: torch.nn.Module) -> None:
+    """Turn the buffers that the model's checkpoint holds (DeepSeek-V3's correction of its router) into parameters that
+    no step changes: engines load them like weights, so they are pushed, compared and saved like weights.
+    """
+    import torch
+
+    saved = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        if name in saved and buffer.is_floating_point():
+            prefix, _, leaf = name.rpartition(".")
+            module = model.get_submodule(prefix)
+            delattr(module, leaf)
+            module.register_parameter(leaf, torch.nn.Parameter(buffer.detach(), requires_grad=False))
