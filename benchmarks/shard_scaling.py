@@ -39,9 +39,10 @@ NVLINK_GB_S = 359
 ASSUMPTIONS = {
     "dtype": "bfloat16",
     "shards": "each weight cut along dimension 0 as torch.chunk does it, like FSDP2",
-    "bound": "of the GPU that needs longest: 2 * (local_bytes + remote_bytes) / memory_gb_s (each byte is read and "
-    "written once in a GPU's memory; it serves its peers as many bytes as it has from them), or remote_bytes / "
-    "nvlink_gb_s, whichever is longer",
+    "bound_ms": "the longer of both floors, of the GPU that needs longest; nothing is added for a start",
+    "local_floor_ms": "one read and one write of all bytes by the GPU's own memory: what comes from peers is written "
+    "there, and about as much is read there for them",
+    "nvlink_floor_ms": "the remote bytes at nvlink_gb_s",
     "nvlink_gb_s": NVLINK_GB_S,
     "nvlink_gb_s_from": "plain copies of 5.4 GB of contiguous weights out of the other GPU's memory by CUDA IPC, both "
     "GPUs at once: two H100s with 18 NVLinks, torch 2.11, 2026-11-25",
@@ -127,15 +128,17 @@ def shard_of(gpu: int, tp: int, size: int, order: str) -> int:
 
 
 def worst_gpu(read: list[list[int]], gpus: int, order: str, memory_gb_s: float) -> dict:
-    """The GPU that needs longest: {"local_bytes", "remote_bytes", "bound_ms"}. read: bytes by TP rank and shard."""
+    """What the GPU that needs longest reads, in bytes, and how long that takes at least. read: by TP rank and shard."""
     tp = len(read)
     found = []
     for gpu in range(gpus):
         by_shard = read[gpu % tp]
         local = by_shard[shard_of(gpu, tp, len(by_shard), order)]
         remote = sum(by_shard) - local
-        seconds = max(2 * (local + remote) / memory_gb_s, remote / NVLINK_GB_S) / 1e9
-        found.append({"local_bytes": local, "remote_bytes": remote, "bound_ms": round(1e3 * seconds, 3)})
+        memory_ms = round(2 * sum(by_shard) / memory_gb_s / 1e6, 3)
+        nvlink_ms = round(remote / NVLINK_GB_S / 1e6, 3)
+        row = {"local_bytes": local, "remote_bytes": remote, "local_floor_ms": memory_ms, "nvlink_floor_ms": nvlink_ms}
+        found.append(row | {"bound_ms": max(memory_ms, nvlink_ms)})
     return max(found, key=lambda row: (row["bound_ms"], row["remote_bytes"]))
 
 
@@ -160,12 +163,16 @@ def main() -> int:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     from colocate.preflight import find_packages
 
-    rates = [(row["copy_gb_s"], name) for name, r in tables.load("bench-*.json").items() for row in r["rows"] if "copy_gb_s" in row]
-    memory_gb_s, source = max(rates)
-    assumptions = ASSUMPTIONS | {"memory_gb_s": round(memory_gb_s), "memory_gb_s_from": f"copy_gb_s in results/{source}.json"}
+    benches = tables.load("bench-*.json")
+    rates = {row["copy_gb_s"]: name for name, r in benches.items() for row in r["rows"] if "copy_gb_s" in row}
+    memory_gb_s = round(max(rates))
+    rate = {
+        "memory_gb_s": memory_gb_s,
+        "memory_gb_s_from": f"results/{rates[max(rates)]}.json, copy_gb_s of the replay",
+    }
     report = {"command": " ".join(["python benchmarks/shard_scaling.py", *sys.argv[1:]])}
     report |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": find_packages()[0]}
-    report |= {"assumptions": assumptions, "rows": []}
+    report |= {"assumptions": rate | ASSUMPTIONS, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             rows = scaling(name, write_shape(name, Path(folder) / name), memory_gb_s)
