@@ -3,10 +3,11 @@
     python benchmarks/shard_scaling.py --output results/shards-scaling.json       # a minute; vLLM's CPU build, no GPU
 
 The plans are the product's own: `record_loaders` records vLLM's model of each tensor-parallel rank, and `CopyPlan` cuts
-the copies by the shards. All tensors are on the meta device, so a 70B model takes no memory. There is one trainer and
-one engine's worker on each GPU; engines are TP neighbours. Trainers form sets, and each set has the whole model in
-shards: with one set that is FSDP, with several it is HSDP. A worker reads its own GPU's shard from memory and the
-others of its set over NVLink. Which shard a trainer holds is free, and decides how much crosses NVLink (ORDERS).
+the copies by the shards. All tensors are on the meta device, so a 70B model takes no memory.
+
+There is one trainer and one engine's worker on each GPU; an engine has neighbouring GPUs. Trainers form sets, and each
+set has the whole model in shards: one set is FSDP, several are HSDP. A worker reads its own GPU's shard from memory and
+the others of its set over NVLink. Which trainer holds which shard decides how much that is (ORDERS).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import tables  # noqa: E402
 from shapes import SHAPES, write_shape  # noqa: E402
 
+DENSE = [name for name, shape in SHAPES.items() if "num_experts" not in shape]
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-32B", "Llama-3.1-70B")
-GPUS = (2, 4, 8)
-SIZES = (2, 4, 8)  # trainers in a set
+GPUS = SIZES = (2, 4, 8)  # of one host; trainers in a set
 TPS = (1, 2, 4, 8)
 ORDERS = {
     "by GPU": "sets of neighbours, the first GPU's trainer has the first shard, and so on",
@@ -64,7 +65,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def rank_model(folder: Path, tp: int, rank: int):
-    """vLLM's model of one rank, on the meta device and without its peers; and its configuration."""
+    """vLLM's model of one rank, on the meta device and without its peers; and the model's configuration."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -72,16 +73,13 @@ def rank_model(folder: Path, tp: int, rank: int):
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    options = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 2**24}
-    args = EngineArgs(str(folder), dtype="bfloat16", tensor_parallel_size=tp, **options)
-    args.distributed_executor_backend = "mp"
-    config = args.create_engine_config()
-    config.parallel_config.rank = rank
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 64, "enforce_eager": True}
+    config = EngineArgs(str(folder), tensor_parallel_size=tp, **options).create_engine_config()
     # Layers that are only made ask their groups for nothing else than this.
     parallel_state._TP = SimpleNamespace(world_size=tp, rank_in_group=rank)
     parallel_state._PP = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
     with set_current_vllm_config(config), torch.device("meta"), set_default_torch_dtype(torch.bfloat16):
-        return initialize_model(config), config
+        return initialize_model(config), config.model_config
 
 
 def shards(weights: dict, size: int) -> list[dict]:
@@ -101,7 +99,7 @@ def bytes_read(folder: Path, tp: int, sizes: tuple[int, ...] = SIZES) -> dict[in
     """{shard size: for each TP rank, the bytes that a push copies out of each shard}."""
     import torch
 
-    from rlhf_utils import VERSION, CopyPlan, NotHandled, Piece, record_loaders
+    from rlhf_utils import VERSION, CopyPlan, Piece, record_loaders
 
     weights = checkpoint(folder)
     shapes = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
@@ -109,10 +107,8 @@ def bytes_read(folder: Path, tp: int, sizes: tuple[int, ...] = SIZES) -> dict[in
     held = {size: shards(weights, size) for size in sizes}
     found: dict[int, list[list[int]]] = {size: [] for size in sizes}
     for rank in range(tp):
-        model, config = rank_model(folder, tp, rank)
-        recording = record_loaders(model, config.model_config, shapes, tp)
-        if recording.loaders:
-            raise NotHandled(f"{folder.name}: {', '.join(recording.loaders)} go through vLLM's loaders, not by copies")
+        model, model_config = rank_model(folder, tp, rank)
+        recording = record_loaders(model, model_config, shapes, tp)
         for size in sizes:
             found[size].append([CopyPlan(model, None, recording, h | version).nbytes for h in held[size]])
     return found
@@ -158,7 +154,7 @@ def scaling(name: str, folder: Path, memory_gb_s: float) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON")
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=MODELS, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", choices=DENSE, default=MODELS, help="default: %(default)s")
     args = parser.parse_args()
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     from colocate.preflight import find_packages
@@ -166,13 +162,11 @@ def main() -> int:
     benches = tables.load("bench-*.json")
     rates = {row["copy_gb_s"]: name for name, r in benches.items() for row in r["rows"] if "copy_gb_s" in row}
     memory_gb_s = round(max(rates))
-    rate = {
-        "memory_gb_s": memory_gb_s,
-        "memory_gb_s_from": f"results/{rates[max(rates)]}.json, copy_gb_s of the replay",
-    }
+    source = f"results/{rates[max(rates)]}.json, copy_gb_s of the replay"
     report = {"command": " ".join(["python benchmarks/shard_scaling.py", *sys.argv[1:]])}
     report |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": find_packages()[0]}
-    report |= {"assumptions": rate | ASSUMPTIONS, "rows": []}
+    report["assumptions"] = ASSUMPTIONS | {"memory_gb_s": memory_gb_s, "memory_gb_s_from": source}
+    report["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             rows = scaling(name, write_shape(name, Path(folder) / name), memory_gb_s)

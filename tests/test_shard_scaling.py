@@ -36,9 +36,9 @@ found = {"read": {tp: s.bytes_read(small, tp, (1, 2, 4)) for tp in (1, 2, 4)}, "
 
 def recorded(folder, tp, rank):
     weights = s.checkpoint(folder)
-    model, config = s.rank_model(folder, tp, rank)
+    model, model_config = s.rank_model(folder, tp, rank)
     shapes = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
-    return weights, model, record_loaders(model, config.model_config, shapes, tp)
+    return weights, model, record_loaders(model, model_config, shapes, tp)
 
 for tp in (1, 2, 4):
     found["held"][tp] = []
