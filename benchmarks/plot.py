@@ -3,6 +3,7 @@
 push.svg   one push by method, a group of bars per shape, on a logarithmic scale; the dashed line is the floor: a
            push of nothing plus a device copy of the largest shard
 loop.svg   the reward of the default rehearsal, five seeds; and where the time of a step goes on a GPU
+shards.svg what shard_scaling.py computes for 8 GPUs, and the copies that were timed, of the same models
 """
 
 import statistics
@@ -27,6 +28,8 @@ COLOURS = {
 }
 PHASES = {"rollout": "#6b9bd1", "sleep": "#4c566a", "train": "#a3be8c", "wake": "#b48ead", "push": "#e07b39"}
 PHASES |= {"wake KV": "#ebcb8b"}
+SHARDS = {1: "black", 2: "#a3be8c", 4: "#6b9bd1", 8: "#b48ead"}  # by the trainers in a set
+ORDERS = {"by TP rank": "-", "by GPU": ":"}  # of shard_scaling.py
 
 
 def draw_pushes():
@@ -73,9 +76,37 @@ def draw_loops():
     return figure
 
 
+def draw_shards():
+    rows = tables.scaling_rows(8)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    tps = sorted({row["tp"] for row in rows})
+    figure, axes = plt.subplots(1, len(tps), figsize=(8, 3.6), sharey=True, layout="constrained")
+    for axis, tp in zip(axes, tps, strict=True):
+        for size in tables.SHARD_SIZES:
+            for order, style in ORDERS.items():
+                found = [r for r in rows if (r["tp"], r["shard_size"], r["order"]) == (tp, size, order)]
+                label = f"shards of {size}, {order}"
+                places = [models.index(r["model"]) for r in found]
+                axis.plot(places, [r["bound_ms"] for r in found], style, marker=".", color=SHARDS[size], label=label)
+        floors = {r["model"]: r["local_floor_ms"] for r in rows if r["tp"] == tp}
+        axis.plot([models.index(m) for m in floors], list(floors.values()), "--", color=SHARDS[1], label="all local")
+        for row in tables.measured_copies():
+            if row["tp"] == tp and row["model"] in models:
+                style = {"marker": "x", "color": SHARDS[row["shard_size"]], "label": "measured", "zorder": 3}
+                axis.plot(models.index(row["model"]), row["ms"], linestyle="", **style)
+        axis.set_title(f"TP={tp}")
+        axis.set_xticks(range(len(models)), [m.rpartition("-")[2] for m in models], fontsize=8)
+        axis.set_xlim(-0.5, len(models) - 0.5)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("ms, at least (8 GPUs)")
+    handles = {text: h for axis in axes for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    return figure
+
+
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else tables.RESULTS)
-    for name, draw in (("push", draw_pushes), ("loop", draw_loops)):
+    for name, draw in (("push", draw_pushes), ("loop", draw_loops), ("shards", draw_shards)):
         draw().savefig(out / f"{name}.svg", metadata={"Date": None})
 
 

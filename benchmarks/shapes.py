@@ -17,6 +17,19 @@ QWEN2 = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 50272}
 # From each model's config.json on the Hugging Face hub.
 SHAPES = {
@@ -76,22 +89,30 @@ SHAPES = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
-    "Llama-3.1-8B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
+    "Qwen2.5-32B": QWEN2
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "Llama-3.1-8B": LLAMA3
+    | {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
+    },
+    "Llama-3.1-70B": LLAMA3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
     },
     # Not a published shape: Qwen3-MoE's architecture, made small.
     "Qwen3-MoE-small": QWEN2

@@ -142,6 +142,46 @@ def pushes() -> str:
     return table(header, rows)
 
 
+SHARD_SIZES = (2, 4, 8)
+GPU_BYTES = 80e9
+
+
+def scaling_rows(gpus: int) -> list[dict]:
+    """Rows of shard_scaling.py for so many GPUs, if an engine's weights and a trainer's shard of bf16 fit a GPU."""
+    rows = [row for row in load("shards-scaling.json")["shards-scaling"]["rows"] if row["gpus"] == gpus]
+    whole = {row["model"]: row["local_bytes"] + row["remote_bytes"] for row in rows if row["tp"] == 1}
+    needed = [r["local_bytes"] + r["remote_bytes"] + whole[r["model"]] / r["shard_size"] for r in rows]
+    return [row for row, nbytes in zip(rows, needed, strict=True) if nbytes <= GPU_BYTES]
+
+
+def shard_scaling() -> str:
+    """On 8 GPUs, of the GPU that needs longest: the bound, and what it reads over NVLink, by both orders of shards."""
+    cells: dict[tuple, dict[int, list[dict]]] = {}
+    for row in scaling_rows(8):
+        cells.setdefault((row["model"], row["tp"]), {}).setdefault(row["shard_size"], []).append(row)
+    lines = []
+    for (model, tp), by_size in cells.items():
+        first = next(iter(by_size.values()))[0]
+        total = first["local_bytes"] + first["remote_bytes"]
+        line = [f"{model}, TP={tp}", f"{total / 1e9:.3g} GB", f"{first['local_floor_ms']:.3g} ms"]
+        for size in SHARD_SIZES:
+            rows = by_size.get(size, [])
+            ms = " → ".join(dict.fromkeys(f"{row['bound_ms']:.3g}" for row in rows))
+            gb = " → ".join(dict.fromkeys(f"{row['remote_bytes'] / 1e9:.3g}" for row in rows))
+            line.append(f"{ms} ms ({gb} GB)" if rows else "–")
+        lines.append(line)
+    header = ["8 GPUs", "per GPU", "all of it local", *(f"shards of {size}" for size in SHARD_SIZES)]
+    return table(header, lines)
+
+
+def measured_copies() -> list[dict]:
+    """{"model", "tp", "shard_size", "ms"} of the recorded copies that were timed on GPUs; shard_size 1: replicas."""
+    rows = [r | {"shard_size": 1, "ms": r["copy_ms_p50"]} for m in bench_shapes().values() for r in [m["recorded"]]]
+    shards = [row for r in load("shards-*.json").values() for row in r["rows"] if "copy_ms" in row]
+    rows += [row | {"ms": row["copy_ms"]} for row in shards]
+    return [{name: row[name] for name in ("model", "tp", "shard_size", "ms")} for row in rows]
+
+
 def renamed(text: str) -> str:
     """In today's words: older reports say "training actor"."""
     return text.replace("training actor", "trainer")
