@@ -15,6 +15,7 @@ Copy this file into your trainer as it is: it imports torch, and vLLM and Ray in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -34,16 +35,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
 # sets it to -1 before it changes weights, and to a number not used before when it has: whoever maps it sees both.
 VERSION = "rlhf.version"
-# Integer types of the same width, to compare and to hash bits instead of values: NaN equals itself, -0.0 is not 0.0.
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.int16),
-        *(torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
+    name: getattr(torch, name)
+    for name in (
+        *("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"),
+        *("int64", "int32", "int16", "int8", "uint8", "bool"),
     )
 }
-
 
 # Methods of `ColocateWorkerExtension` that write weights. From the call of one until it has succeeded on all ranks, an
 # engine's weights are neither the old nor the new ones.
@@ -261,21 +259,13 @@ def open_handles(message: dict, device: torch.device, reader: str = "") -> Itera
     """Map an exported message as {name: tensor} on `device`; unmap on leaving. No bytes are copied.
 
     Of a Piece it is the piece. reader: the UUID of this worker's GPU, if the message was exported for several.
-    Raises HandleError for whatever `export_handles` cannot have written, before anything is mapped where the
-    description shows it.
+    Raises HandleError for what `export_handles` cannot have written.
     """
     with _malformed():
         _check_checksum(message)
-        for w in message["weights"]:
-            _check_extent(w, message["storages"])
         number = message["readers"].index(reader) if message["readers"] else 0
         storages = [_open_storage(s, device, number) for s in message["storages"]]
-        tensors = {
-            w["name"]: torch.empty(0, dtype=DTYPES[w["dtype"]], device=device).set_(
-                storages[w["storage"]], w["offset"], w["shape"], w["stride"]
-            )
-            for w in message["weights"]
-        }
+        tensors = {w["name"]: _open_tensor(w, storages, device) for w in message["weights"]}
     try:
         yield tensors
         if device.type == "cuda":
@@ -305,30 +295,12 @@ def _check_checksum(message: dict) -> None:
         raise HandleError("the handles were changed on their way: their checksum differs")
 
 
-def _check_extent(weight: dict, storages: list[dict]) -> None:
-    name, shape, stride = weight["name"], weight["shape"], weight["stride"]
-    numbers = [*shape, *stride, weight["offset"], weight["storage"]]
-    if type(name) is not str or {type(x) for x in numbers} - {int}:
-        raise HandleError(
-            f"{name!r}: shape, stride, offset and storage must be numbers, and the name a string: {weight}"
-        )
-    if weight["dtype"] not in DTYPES:
-        raise HandleError(f"{name}: dtype {weight['dtype']!r} is none of {', '.join(DTYPES)}")
-    if len(shape) != len(stride) or min([*shape, *stride, weight["offset"]], default=0) < 0:
-        raise HandleError(f"{name}: shape {shape}, stride {stride} and offset {weight['offset']} describe no tensor")
-    if not 0 <= weight["storage"] < len(storages):
-        raise HandleError(f"{name}: there are {len(storages)} storages, and no number {weight['storage']}")
-    last = weight["offset"] + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    end = (last + 1) * DTYPES[weight["dtype"]].itemsize if 0 not in shape else 0
-    storage = storages[weight["storage"]]
-    nbytes = storage["nbytes"] if storage["kind"] != "empty" else 0
-    if end > nbytes:
-        raise HandleError(f"{name}: the tensor ends at byte {end} of a storage of {nbytes}")
-    full, start = weight["full"], weight["start"]
-    if {type(x) for x in (*full, *start)} - {int} or not len(full) == len(start) == len(shape):
-        raise HandleError(f"{name}: full and start must be numbers, as many as the shape has: {weight}")
-    if any(at < 0 or at + n > whole for at, n, whole in zip(start, shape, full, strict=True)):
-        raise HandleError(f"{name}: the piece {shape} at {start} is no part of {full}")
+def _open_tensor(weight: dict, storages: list[torch.UntypedStorage], device: torch.device) -> torch.Tensor:
+    try:
+        whole = torch.empty(0, dtype=DTYPES[weight["dtype"]], device=device).set_(storages[weight["storage"]])
+        return whole.as_strided(weight["shape"], weight["stride"], weight["offset"])  # not beyond the storage's end
+    except (LookupError, RuntimeError, TypeError) as error:
+        raise HandleError(f"{weight['name']}: {type(error).__name__}: {error}") from None
 
 
 def _open_storage(s: dict, device: torch.device, number: int) -> torch.UntypedStorage:
@@ -417,7 +389,6 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         _check_checksum(message)
         counts = Counter()
         for w in message["weights"]:
-            _check_extent(w, message["storages"])
             name = w["name"]
             spec = (tuple(w["full"]), DTYPES[w["dtype"]])
             shape, dtype = shapes.setdefault(name, spec)
@@ -439,7 +410,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
                 continue
             parts = [Slice.at(start, size, shape) for start, size in pieces if math.prod(size)]
             if (count := covered_once(parts, shape)) is None:
-                wrong.append(f"overlapping: {name}: pieces of it ({reader})")
+                wrong.append(f"overlapping, or outside of it: pieces of {name} ({reader})")
             elif count != math.prod(shape):
                 some = f", but {count} of {math.prod(shape)} elements" if count else ""
                 wrong.append(f"missing: {name}{some} ({reader})")
@@ -646,18 +617,14 @@ class _Recorder(TorchDispatchMode):
     def _origins(self, tensors: list[torch.Tensor]) -> frozenset[str]:
         return frozenset().union(*(self.origins.get(_storage(t), ()) for t in tensors))
 
-    def mark(self, loader: Callable) -> Callable:
-        """A parameter's own loader, with `inside` raised while it runs."""
-
-        @functools.wraps(loader)
-        def marked(*args, **kwargs):
-            self.inside += 1
-            try:
-                return loader(*args, **kwargs)
-            finally:
-                self.inside -= 1
-
-        return marked
+    @contextlib.contextmanager
+    def own_loader(self):
+        """Around a parameter's own loader."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
 
 
 @functools.cache
@@ -874,7 +841,7 @@ def _as_loaded(module: torch.nn.Module, recorder: _Recorder) -> dict[str, torch.
         loader = getattr(twin, "weight_loader", default_weight_loader)
         while getattr(loader, "__name__", "") == "online_process_loader":  # of an earlier reload
             loader = loader.__wrapped__
-        twin.weight_loader = recorder.mark(loader)
+        twin.weight_loader = recorder.own_loader()(loader)
     return twins
 
 
@@ -955,7 +922,7 @@ class CopyPlan:
                     (self.remote if piece.remote else self.copies).append(copy)
         self.nbytes = sum(dst.nbytes for dst, _ in (*self.copies, *self.remote))
         self.seen = torch.full((2, len(self.versions)), -1, dtype=torch.int64, device=self.versions[0].device)
-        self.graph = self._capture() if self.seen.is_cuda else None
+        self.graph = self._capture() if self.seen.is_cuda and recording.copies else None
 
     def push(self, version: int) -> None:
         """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
@@ -978,10 +945,10 @@ class CopyPlan:
         seen = self.seen.flatten().tolist()  # waits for the copies
         if loaders:
             seen += [int(version) for version in self.versions]
-        if set(seen) != {version}:
+        if version < 0 or set(seen) != {version}:
             raise HandleError(
-                f"a trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, not {version} "
-                "(-1: a step is under way): the engine must not be used before a whole push"
+                f"a trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, the push is of "
+                f"{version} (-1: a step is under way): the engine must not be used before a whole push"
             )
 
     def _look(self, when: int) -> None:
@@ -1114,18 +1081,16 @@ def call_workers(llm, method: str, *args) -> list:
     https://github.com/vllm-project/vllm/blob/main/vllm/v1/executor/multiproc_executor.py
     """
     replies = llm.collective_rpc("reply_to_call", args=(method, *args))
-    failed = {rank: r for rank, r in enumerate(replies) if "error" in r}
-    if failed:
-        ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
-        for rank, reply in failed.items():
+    ranks: dict[str, list[str]] = {}  # by what they say: mostly all say the same
+    for rank, reply in enumerate(replies):
+        if "error" in reply:
             ranks.setdefault(reply["error"], []).append(str(rank))
+    if ranks:
         text = "; ".join(f"rank {' and '.join(which)}: {error}" for error, which in ranks.items())
-        kinds = {r["kind"] for r in failed.values()}
+        kinds = {reply.get("kind") for reply in replies} - {None}
         if kinds == {"NotHandled"}:
             raise NotHandled(text)
-        if kinds <= {"HandleError", "NotHandled"}:
-            raise HandleError(text)
-        raise RuntimeError(text)
+        raise (HandleError if kinds <= {"HandleError", "NotHandled"} else RuntimeError)(text)
     return [r["result"] for r in replies]
 
 
@@ -1159,12 +1124,8 @@ class ColocateWorkerExtension:
             return {"error": text, "kind": kind}
 
     def report_device_id(self) -> dict:
-        return {
-            "gpu": device_uuid(self.device),
-            "tp_rank": self.rank,
-            "pid": os.getpid(),
-            "torch": torch.__version__,
-        }
+        found = {"gpu": device_uuid(self.device), "tp_rank": self.rank}
+        return found | {"pid": os.getpid(), "torch": torch.__version__}
 
     def update_weights_from_ipc_handles(self, messages: dict) -> dict:
         """Load the weights behind the handles: the simple way, and the reference for `push_weights`.
@@ -1177,19 +1138,15 @@ class ColocateWorkerExtension:
         start = time.perf_counter()
         with open_pieces(messages, device_uuid(self.device), self.device) as weights:
             opened = time.perf_counter()
-            words = [piece.tensor for piece in weights.pop(VERSION)]
-            versions = {int(word) for word in words}
-            loaded = ((name, whole(pieces)) for name, pieces in weights.items())
-            _load_weights(self.get_model(), self.vllm_config, loaded, recording.reload)
-            nbytes = sum(piece.tensor.nbytes for pieces in weights.values() for piece in pieces)
-            count = len(weights)
-            # The loaders are done when these are read.
-            if len(versions) > 1 or min(versions) < 0 or {int(word) for word in words} != versions:
-                raise HandleError(f"a trainer changed its weights during the push, from version {sorted(versions)}")
-            (version,) = versions
+            names = [name for name in weights if name != VERSION]
+            nbytes = sum(piece.tensor.nbytes for name in names for piece in weights[name])
+            by_loaders = dataclasses.replace(recording, copies=[], loaders=names)
+            plan = CopyPlan(self.get_model(), self.vllm_config, by_loaders, weights)
+            version = int(plan.versions[0])
+            plan.push(version)
         return {
             "version": version,
-            "weights": count,
+            "weights": len(names),
             "bytes": nbytes,
             "open_ms": 1e3 * (opened - start),
             "load_ms": 1e3 * (time.perf_counter() - opened),
@@ -1263,12 +1220,8 @@ class ColocateWorkerExtension:
     def _record(self, messages: dict) -> Recording:
         """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""
         parallel = self.parallel_config
-        spread = {"pipeline_parallel_size": parallel.pipeline_parallel_size > 1}
-        spread |= {name: getattr(parallel, name) for name in ("enable_expert_parallel", "enable_eplb")}
-        if not_handled := [name for name, on in spread.items() if on]:
-            raise NotHandled(
-                f"the engine's {' and '.join(not_handled)} is not handled: workers have other weights then"
-            )
+        if parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel or parallel.enable_eplb:
+            raise NotHandled("pipeline and expert parallelism are not handled: workers have other weights then")
         weights = check_messages(messages, device_uuid(self.device))
         if self._recording is None or self._recording[0] != weights:
             recording = record_loaders(self.get_model(), self.model_config, weights, parallel.tensor_parallel_size)

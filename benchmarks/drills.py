@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import rlhf_colocate as rc  # noqa: E402
 from benchmarks.traces import Traces  # noqa: E402
-from colocate import checks  # noqa: E402
+from colocate import checks, verify  # noqa: E402
 from colocate.config import FAIL, MISSING, PASS, Stop  # noqa: E402
 from colocate.preflight import find_gpus  # noqa: E402
 
@@ -374,7 +374,7 @@ def corrupt(worker, messages: dict, fault: str) -> None:
     parameters = dict(worker.get_model().named_parameters())
     if fault == "flip-element":
         parameter = next(p for p in parameters.values() if p.dim() == 2)
-        parameter.data.view(rlhf_utils.BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
+        parameter.data.view(verify.BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
         return
     tp_size = worker.parallel_config.tensor_parallel_size
     with rlhf_utils.open_pieces(messages, rlhf_utils.device_uuid(worker.device), worker.device) as weights:

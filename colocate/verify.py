@@ -15,7 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import BITS, VERSION, HandleError, Piece, device_uuid, digest, open_pieces, whole
+from rlhf_utils import VERSION, HandleError, Piece, device_uuid, digest, open_pieces, whole
+
+# Integer types of the same width, to compare bits instead of values: NaN equals itself, and -0.0 is not 0.0.
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)

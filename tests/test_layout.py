@@ -95,7 +95,7 @@ def test_a_recorded_plan_brings_in_what_the_loaders_bring_in(results, tp, name):
         assert found["copies"] > 0
         through_loaders = PROCESSED | (UNKNOWN.keys() - {"nemotron"}) | COMPUTED | MADE_ANEW
         assert bool(found["loaders"]) == (name in through_loaders), "only what no copy can bring in"
-        assert "a trainer has weights at version 1, not 3" in found["stale"]
+        assert "a trainer has weights at version 1, the push is of 3" in found["stale"]
 
 
 @at_each_size(SERVED)

@@ -300,7 +300,7 @@ def test_a_push_of_another_version_is_refused():
     version = torch.tensor(5)
     plan = CopyPlan(model, None, record_loaders(model, BF16, THREE, 1), pieces(values, version))
     plan.push(5)
-    with pytest.raises(HandleError, match="at version 5, not 6"):
+    with pytest.raises(HandleError, match="at version 5, the push is of 6"):
         plan.push(6)
 
     class Interrupts(torch.Tensor):
@@ -316,7 +316,7 @@ def test_a_push_of_another_version_is_refused():
         version.fill_(first)
         Interrupts.then = then
         plan.copies[1] = (plan.copies[1][0], values["lower"].as_subclass(Interrupts))
-        with pytest.raises(HandleError, match=f"{says}, not 5"):
+        with pytest.raises(HandleError, match=f"{says}, the push is of 5"):
             plan.push(5)
 
 
@@ -338,7 +338,7 @@ def test_coverage_is_exact():
 def test_an_engine_whose_workers_share_out_layers_or_experts_is_refused():
     worker = ColocateWorkerExtension()
     worker.parallel_config = SimpleNamespace(pipeline_parallel_size=2, enable_expert_parallel=True, enable_eplb=False)
-    with pytest.raises(NotHandled, match="pipeline_parallel_size and enable_expert_parallel is not handled"):
+    with pytest.raises(NotHandled, match="pipeline and expert parallelism are not handled"):
         worker.connect_weights({})
 
 
