@@ -1,15 +1,18 @@
-"""What runs next to the weights: inside the training actors and inside the vLLM workers that share their GPUs.
+"""Push a trainer's weights into the vLLM workers on the same GPUs, by CUDA IPC handles.
 
-Trainer side   `checkpoint_tensors` names a model's weights as its checkpoint does, `export_handles` turns them into a
-               message of plain data (numbers, strings, bytes).
-Worker side    `open_handles` maps that message back into tensors, without copying. `record_loaders` finds out which
-               slices vLLM's own loaders would copy where, without writing, and refuses weights that do not bring each
-               element of each parameter in exactly once. `ColocateWorkerExtension` pushes in two ways:
-               `update_weights_from_ipc_handles` opens, loads and closes each time; `connect_weights` opens once, and
-               `push_weights` replays the recorded copies.
-Both sides     `digest`, a 64-bit fingerprint of a tensor's bits, and `device_uuid`, the name of the GPU.
+    message = export_handles([*checkpoint_tensors(model), (VERSION, version)])   # trainer: plain data
+    call_workers(llm, "connect_weights", {device_uuid(device): message, ...})    # engine: once
+    call_workers(llm, "push_weights", version)                                   # engine: after each optimizer step
 
-Copy this file into your trainer as it is: it imports torch, and vLLM and Ray inside the functions that need them.
+Connected, a worker has its trainer's memory mapped and knows which slices vLLM's own loaders would copy where
+(`record_loaders`); a push replays these copies as one CUDA graph. `update_weights_from_ipc_handles` is the way without
+a connection: open the handles, load through vLLM's loaders, close. The engine is started with
+worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
+
+The first third is what to read: the trainer's side, the call, the extension, the push. The rest is what these stand
+on: opening and checking messages, the recording of vLLM's loaders, digests, the rehearsal without a GPU.
+Copy this file into your trainer as it is: it imports torch, and vLLM, transformers and Ray inside the functions that
+need them.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
-# sets it to -1 before it changes weights, and to a number not used before when it has: whoever maps it sees both.
+# sets it to -1 before it changes weights, and to a number not used before when it has. Workers read it as they push.
 VERSION = "rlhf.version"
 DTYPES = {
     name: getattr(torch, name)
@@ -674,8 +677,8 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full sh
 def check_messages(messages: dict, gpu: str) -> Shapes:
     """The weights in these messages, without VERSION. Raises HandleError, which names the first few offenders.
 
-    It does unless all messages are as they were exported, and each GPU's worker can read all of each weight, each
-    element of it once, pieces that are the same on several GPUs aside: all workers load, or none.
+    A message must be as it was exported, and every worker must find each element of each weight exactly once, replicas
+    aside. Each worker checks that for all of them: so all load, or none does.
     """
     readers = list(dict.fromkeys(gpu for owner, m in messages.items() for gpu in m.get("readers") or [owner]))
     if gpu not in readers:
@@ -706,7 +709,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         readable = [boxes[sender] for sender, message in messages.items() if _may_read(reader, sender, message)]
         for name, (shape, _) in shapes.items():
             pieces = {held[name] for held in readable if name in held}
-            if pieces == {((0,) * len(shape), shape)}:  # a replica's; a connection waits for this
+            if pieces == {((0,) * len(shape), shape)}:  # a replica's: a fast way, since a connection waits
                 continue
             parts = [Slice.at(start, size, shape) for start, size in pieces if math.prod(size)]
             if (count := covered_once(parts, shape)) is None:
@@ -887,7 +890,7 @@ def _keeps_derived_matrices(module: torch.nn.Module) -> bool:
 
 
 def _takes_weights_as_loaded(experts: torch.nn.Module) -> bool:
-    """Triton's kernel does; all others permute, pack or pad the experts."""
+    """Whether the kernel of these experts keeps their weights in the order of loading. Only Triton's does."""
     return getattr(getattr(experts.quant_method, "unquantized_backend", None), "name", "") == "TRITON"
 
 
@@ -931,7 +934,7 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
                 read[weight] += w.target.numel() + t.padding if w.source else math.prod(weights[weight][0])
     used = {weight for t in targets.values() for w in t.writes for weight in w.weights}
     wrong += [f"unexpected: {weight}" for weight in weights if weight not in used]
-    for weight, count in read.items():  # the other ranks read no more of it
+    for weight, count in read.items():  # all ranks read as much of it
         if count * tp_size < math.prod(weights[weight][0]):
             shape = tuple(weights[weight][0])
             wrong.append(f"wrong shape: {weight}: {shape}, of which vLLM's loaders take {count} elements")
@@ -997,7 +1000,7 @@ class _Recorder(TorchDispatchMode):
         self.targets: set[int] = set()
         self.writes: dict[int, list[_Write]] = {}
         self.inside = 0  # of how many parameters' own loaders
-        self.alive: list[torch.Tensor] = []  # a storage's number may be given out again
+        self.alive: list[torch.Tensor] = []  # the number of a freed storage may be given out again
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -1119,7 +1122,7 @@ class Slice:
     def cut(
         self, shape: Sequence[int], start: Sequence[int], size: Sequence[int]
     ) -> tuple[list[tuple[int, int]], Slice] | None:
-        """What of these elements, which are a tensor of this shape's, lies in one box of it; None if nothing does.
+        """Intersect this slice of a tensor of that shape with a box of the tensor. None if they have nothing in common.
 
         Returns the (start, stop) in each of this slice's dimensions, and the same elements as a Slice of the box.
         Raises NotHandled if this slice is no box.
@@ -1160,7 +1163,7 @@ def covered_once(slices: list[Slice], shape: Sequence[int]) -> int | None:
     boxes = [s.box(shape) for s in slices]
     if None in boxes:
         return None
-    if len(boxes) == 1:  # most parameters: a connection waits for this
+    if len(boxes) == 1:  # most parameters: a fast way, since a connection waits
         return slices[0].numel()
     edges = [sorted({e for b in boxes for e in b[d]}) for d in range(len(shape))]
     places = [{edge: i for i, edge in enumerate(e)} for e in edges]
