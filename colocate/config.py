@@ -74,8 +74,8 @@ class Config:
     )
     shard_size: int | None = flag(
         None,
-        "fsdp: trainers that share one replica; they are neighbours (default: the fewest whose memory it fits into, but "
-        "no fewer than --tensor-parallel-size)",
+        "fsdp: neighbours that share one replica (default: the fewest whose memory it fits into, but not fewer than "
+        "--tensor-parallel-size)",
         type=int,
         at_least=1,
     )
@@ -188,7 +188,9 @@ class Config:
 
     @property
     def learner_options(self) -> dict:
-        """Keywords of colocate.learner.Learner."""
+        """Keywords of colocate.learner.Learner; none without an RLHF step."""
+        if not self.steps:
+            return {}
         names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
         options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
         return options | {"offload": self.offload_optimizer}

@@ -39,9 +39,7 @@ CPU_TOKENS = 1024
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def join_group(
-    rank: int, addresses: list[str], timeout_s: float, device: torch.device, sharded: bool = False
-) -> None:
+def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.device, sharded: bool = False) -> None:
     """Meet the other trainers in torch.distributed's default process group. One trainer needs none, unless `sharded`.
 
     addresses: host:port of each trainer, in the order of ranks; they meet at the first. timeout_s: how long an

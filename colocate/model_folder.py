@@ -495,8 +495,10 @@ def first_line(error: object) -> str:
     return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
 
 
-def load_model(folder: str, load_format: str, dtype: str, seed: int, device: torch.device) -> torch.nn.Module:
-    """A trainer's transformers model. load_format "dummy": seeded random weights.
+def load_model(
+    folder: str, load_format: str, dtype: str, seed: int, device: torch.device, on_host: bool = False
+) -> torch.nn.Module:
+    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: it stays there for now.
 
     Raises ValueError if the checkpoint's tensors are not exactly the model's: transformers fills what is missing with
     random numbers.
@@ -509,6 +511,7 @@ def load_model(folder: str, load_format: str, dtype: str, seed: int, device: tor
     config = AutoConfig.from_pretrained(folder)
     options = {"dtype": getattr(torch, dtype)}
     options["attn_implementation"] = attention_for(config, device, options["dtype"])
+    device = torch.device("cpu") if on_host else device
     if load_format == "dummy":
         torch.manual_seed(seed)
         with device:

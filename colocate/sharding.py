@@ -80,9 +80,13 @@ class Whole:
         """How many forward and backward passes this trainer must make if it needs `count`."""
         return count
 
+    def gather_names(self, name: str) -> list[str]:
+        """Those that the trainers of this replica call this with, in the order of ranks; none if it is alone."""
+        return []
+
     @contextlib.contextmanager
     def computing_with(self, values: Iterable[torch.Tensor]) -> Iterator[None]:
-        """The model has these values for the time, as many and as large as in `memory`. They are rounded to its dtype."""
+        """The model has these values for the time: as many as in `memory`, and of these shapes."""
         import torch
 
         held = self._held()
@@ -140,14 +144,13 @@ class Shard(Whole):
         self.size = size
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
         policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+        options = {"mesh": mesh if world > size else mesh["shard"], "mp_policy": policy}
         for module in (*layers, model):
             for p in module.parameters():
                 if p.dtype != torch.float32:  # those that are sharded already have it
                     p.data = p.data.float()
             # The root's weights stay gathered after its forward pass: the head is called outside of it.
-            fully_shard(
-                module, mesh=mesh if world > size else mesh["shard"], mp_policy=policy, reshard_after_forward=module is not model
-            )
+            fully_shard(module, **options, reshard_after_forward=module is not model)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by all trainers' tokens already
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up
         model.run_base = lambda **inputs: model.base_model(**inputs)
@@ -187,6 +190,13 @@ class Shard(Whole):
         most = torch.tensor(count, device=next(iter(self.memory.values())).device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
+
+    def gather_names(self, name: str) -> list[str]:
+        import torch
+
+        names = [""] * self.size
+        torch.distributed.all_gather_object(names, name, group=self.group)
+        return names
 
     @contextlib.contextmanager
     def computing_with(self, values: Iterable[torch.Tensor]) -> Iterator[None]:

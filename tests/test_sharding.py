@@ -201,8 +201,10 @@ def test_a_state_goes_on_in_other_shards_and_in_none(found, case):
     went_on = found[start]
     exactly = CASES[start][1] == size
     for one in found[case]:
-        assert one["rows"] == [went_on[0]["rows"][1]] if exactly else one["rows"][0] == pytest.approx(
-            went_on[0]["rows"][1], rel=1e-5, abs=1e-7
+        assert (
+            one["rows"] == [went_on[0]["rows"][1]]
+            if exactly
+            else one["rows"][0] == pytest.approx(went_on[0]["rows"][1], rel=1e-5, abs=1e-7)
         )
     apart = distance(weights(found[case][: size or 1]), weights(went_on[: CASES[start][1] or 1]))
     assert apart == 0 if exactly else apart < 1e-2
