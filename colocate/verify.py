@@ -270,9 +270,9 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     """Compare what arrived with what was sent, and every parameter element with what it must be.
 
     digests: {weight, or piece of one: digest} by a replica's trainers (see `checks.weight_digests`).
-    Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"}, "placement": {"checked", "wrong", "padding", "processed", "unknown"}}; `checked` counts tensors and elements,
-    `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
-    elements by parameter (see Layout).
+    Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"}, "placement": {"checked", "wrong", "padding",
+    "processed", "unknown"}}; `checked` counts tensors and elements, `wrong` names the tensors that differ (with the
+    number of elements, for placement); the last three count elements by parameter (see Layout).
     """
     gpu = device_uuid(worker.device)
     with open_pieces(messages, gpu, worker.device) as weights:
