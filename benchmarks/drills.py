@@ -580,7 +580,10 @@ class Drilled(rc.Colocation):
             self.kill("Ray's gcs_server")
         elif drill == "kill-raylet":
             self.kill("Ray's raylet")
-        elif drill in ("kill-trainer-idle", "no-restarts", "kill-shard", "kill-shard-of-set") or self.armed == "kill-trainer-twice":
+        elif (
+            drill in ("kill-trainer-idle", "no-restarts", "kill-shard", "kill-shard-of-set")
+            or self.armed == "kill-trainer-twice"
+        ):
             self.kill("trainer 1")
         elif drill == "last-trainer":
             self.kill("trainer 0")

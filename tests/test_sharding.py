@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, deadline
+from running import ROOT, TINY, Run, deadline, patience, shape
+
+from colocate import memory
+from colocate.config import USAGE, Config, Stop, check_layout
 
 WORLD = 4
 # {case: (family, trainers of a replica, options of Learner)}; with 0 none is sharded. Each case makes two steps.
@@ -44,6 +48,79 @@ FAMILIES = {
     "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 1}
     | {"moe_intermediate_size": 16, "intermediate_size": 32},
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags, and what --trainer auto chooses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"shard_size": 3}, "--shard-size 3 does not divide 4 GPUs. Try: --shard-size 2"),
+        ({"shard_size": 8}, "--shard-size 8 does not divide 4 GPUs. Try: --shard-size 4"),
+        ({"shard_size": 0}, "--shard-size 0 must be at least 1"),
+        ({"trainer": "replicated", "shard_size": 2}, "--trainer replicated has no shards, and --shard-size is 2"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(settings, says):
+    with pytest.raises(Stop) as stop:
+        check_layout(Config(**settings))
+    assert stop.value.code == USAGE and says in str(stop.value)
+
+
+def choose(room: int, can_shard: bool = True, **settings) -> tuple[str, int, str]:
+    """(trainer, trainers of a replica, note), where so many bytes are free for a trainer of 100 parameters."""
+
+    def check(config: Config) -> None:
+        if memory.trainer_bytes(config, 100)[1] > room:
+            raise Stop("too large")
+
+    config, note = memory.choose_trainer(Config(dtype="bfloat16", **settings), "GPT", can_shard, check)
+    check_layout(config)
+    return config.trainer, config.replica_size, note
+
+
+def test_a_replica_is_as_small_as_memory_allows():
+    """A parameter takes 18 bytes. Replicas are no smaller than an engine, of which each part would be read elsewhere."""
+    eight = {"num_gpus": 8, "tensor_parallel_size": 2}
+    fits = "a whole replica with its optimizer fits beside an engine"
+    assert choose(1800, **eight) == ("replicated", 1, f"--trainer auto: replicated, as {fits}")
+    why = "the smallest that fits beside an engine, as a whole replica does not"
+    assert choose(1799, **eight) == ("fsdp", 2, f"--trainer auto: fsdp with --shard-size 2, {why}")
+    assert choose(899, **eight)[:2] == ("fsdp", 4)
+    assert choose(1, **eight)[:2] == ("fsdp", 8), "whose message says what is missing"
+    assert choose(1799, num_gpus=8, tensor_parallel_size=4)[:2] == ("fsdp", 4)
+    assert choose(9999, trainer="fsdp", **eight)[:2] == ("fsdp", 2)
+    assert choose(9999, shard_size=4, **eight) == ("fsdp", 4, "")
+    assert choose(1, trainer="replicated", **eight) == ("replicated", 1, "")
+    assert choose(1, num_gpus=1, tensor_parallel_size=1) == ("replicated", 1, "")
+    assert choose(9999, num_gpus=1, tensor_parallel_size=1, trainer="fsdp")[:2] == ("fsdp", 1)
+
+
+def test_a_model_whose_layers_are_not_found_is_not_sharded():
+    assert choose(1, can_shard=False)[:2] == ("replicated", 1)
+    for settings in ({"trainer": "fsdp"}, {"shard_size": 2}):
+        with pytest.raises(Stop, match="those of GPT were not found. Try: --trainer replicated") as stop:
+            choose(1, can_shard=False, **settings)
+        assert stop.value.code == USAGE
+
+
+def test_bytes_per_parameter():
+    fsdp = Config(dtype="bfloat16", trainer="fsdp", shard_size=2)
+    replace = dataclasses.replace
+    assert memory.trainer_bytes(fsdp, 200) == (1400, 1800)
+    assert memory.trainer_bytes(replace(fsdp, offload_optimizer=True), 200) == (600, 1800), "masters stay"
+    assert memory.trainer_bytes(replace(fsdp, steps=0), 200) == (600, 600)
+    assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_of_a_model(family):
+    from colocate.sharding import decoder_layers
+
+    assert [type(layer).__name__.endswith("DecoderLayer") for layer in decoder_layers(model_of(family))] == [True] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,3 +296,25 @@ def test_the_checkpoint_of_shards_is_an_ordinary_one(found):
     )
     assert json.loads((found["folder"] / "qwen2 2/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     assert distance(by_shards, by_replicas) < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+def test_replicas_of_shards_lose_a_trainer_and_go_on_in_other_shards(tmp_path):
+    """Four trainers in two replicas, and two engines of two ranks; then two trainers of the same state."""
+    checkpoint = tmp_path / "checkpoint"
+    output = tmp_path / "drills.json"
+    model = [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "8"]
+    command = [sys.executable, str(ROOT / "benchmarks/drills.py"), "kill-shard-of-set", "--output", str(output), *model]
+    command += ["--checkpoint", str(checkpoint), "--patience", f"{patience():.2f}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
+    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--shard-size", "1"]
+    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[3:], "--steps", "1").passed()
+    assert [row["step"] for row in report["steps"]] == [4]
+    assert report["steps"][0]["logprob_gap"] < 0.001
