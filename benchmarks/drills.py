@@ -381,6 +381,7 @@ for name, (fault, check) in FAULTS.items():
         says=r"FAIL: .*HandleError: .*missing: \w" if name == "drop-tensor" else f"FAIL: (.*; )?{check}: ",
         code=FAIL,
     )
+KILL_TRAINER_1 = ("kill-trainer-idle", "no-restarts", "kill-shard", "kill-shard-of-set")  # before a rollout
 PIECES = ("missing-piece", "moved-piece", "swapped-pieces")  # what a push out of shards must notice
 # What the script is started with, by run; {tmp} is a folder of the run's own.
 DEADLINES = ("--stage-timeout", "push={push_s:g},rollout={rollout_s:g}")
@@ -580,10 +581,7 @@ class Drilled(rc.Colocation):
             self.kill("Ray's gcs_server")
         elif drill == "kill-raylet":
             self.kill("Ray's raylet")
-        elif (
-            drill in ("kill-trainer-idle", "no-restarts", "kill-shard", "kill-shard-of-set")
-            or self.armed == "kill-trainer-twice"
-        ):
+        elif drill in KILL_TRAINER_1 or self.armed == "kill-trainer-twice":
             self.kill("trainer 1")
         elif drill == "last-trainer":
             self.kill("trainer 0")

@@ -155,7 +155,7 @@ class Report:
         return push
 
     def replicas_equal(self, weights: int, replicas: int) -> None:
-        """All weights were changed by noise, in all replicas alike. weights: tensors, those in pieces piece by piece."""
+        """All weights, or pieces of them, were changed by noise, in all replicas alike."""
         self.data["verify"]["replicas"] = {"ok": True, "checked": weights * replicas, "wrong": []}
         self("train", f"{weights} tensors changed by noise, {replicas} replicas bitwise identical")
 

@@ -83,7 +83,7 @@ def choose(room: int, can_shard: bool = True, **settings) -> tuple[str, int, str
 
 
 def test_a_replica_is_as_small_as_memory_allows():
-    """A parameter takes 18 bytes. Replicas are no smaller than an engine, of which each part would be read elsewhere."""
+    """A parameter takes 18 bytes. Replicas are no smaller than an engine, which would read more of another GPU's."""
     eight = {"num_gpus": 8, "tensor_parallel_size": 2}
     fits = "a whole replica with its optimizer fits beside an engine"
     assert choose(1800, **eight) == ("replicated", 1, f"--trainer auto: replicated, as {fits}")
@@ -102,7 +102,7 @@ def test_a_replica_is_as_small_as_memory_allows():
 def test_a_model_whose_layers_are_not_found_is_not_sharded():
     assert choose(1, can_shard=False)[:2] == ("replicated", 1)
     for settings in ({"trainer": "fsdp"}, {"shard_size": 2}):
-        with pytest.raises(Stop, match="those of GPT were not found. Try: --trainer replicated") as stop:
+        with pytest.raises(Stop, match=r"those of GPT were not found\. Try: --trainer replicated") as stop:
             choose(1, can_shard=False, **settings)
         assert stop.value.code == USAGE
 
