@@ -144,7 +144,6 @@ class Learner:
             means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
             self.metrics = means | {"grad_norm": norm}
         self.optimizer.zero_grad(set_to_none=True)
-        self.held.end_step()  # before unused memory is given back
         self.workspace = self._move_between_steps()
         if not math.isfinite(norm):
             fix = "Check the rewards, or try a smaller --learning-rate"
@@ -275,6 +274,7 @@ class Learner:
 
         Returns how many bytes were given back.
         """
+        self.held.release()
         self._move("cpu" if self.offload else self.device)
         if self.device.type != "cuda":
             return 0
@@ -284,8 +284,9 @@ class Learner:
 
     def _move(self, device: torch.device | str) -> None:
         """Bring masters and moments to the device; masters that the model computes with stay."""
-        for master in [] if self.held.group else self.masters:
-            master.data = master.data.to(device)
+        if not self.held.group:
+            for master in self.masters:
+                master.data = master.data.to(device)
         for state in self.optimizer.state.values():
             for name in MOMENTS:
                 state[name] = state[name].to(device)

@@ -11,10 +11,10 @@ Knows neither Ray, vLLM nor handles. torch is imported inside functions: the dri
 from __future__ import annotations
 
 import contextlib
-import typing
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     import torch
 
 
@@ -68,8 +68,8 @@ class Whole:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.gradient)
 
-    def end_step(self) -> None:
-        """Give the gradient's memory back, which masters must have let go."""
+    def release(self) -> None:
+        """Give back what is only needed in a step. Masters must have let their gradients go."""
         self.gradient = None
 
     def norm(self, norm: torch.Tensor) -> torch.Tensor:
@@ -166,15 +166,18 @@ class Shard(Whole):
         return self._held()
 
     def begin_step(self, masters: list[torch.Tensor], device: torch.device) -> None:
-        self.model.reshard()  # what a forward pass before has left gathered is old by now
+        """FSDP makes room for gradients itself."""
 
     def sum_gradients(self, masters: list[torch.Tensor]) -> None:
         """FSDP has done it, over replicas too: with each backward pass."""
         for parameter, master in zip(self.parameters.values(), masters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.to_local()
 
-    def end_step(self) -> None:
-        self.model.zero_grad(set_to_none=True)
+    def release(self) -> None:
+        """Gradients, and what forward passes have left gathered: the next one gathers it anew, as it is by then."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.model.reshard()
 
     def norm(self, norm: torch.Tensor) -> torch.Tensor:
         import torch
@@ -200,10 +203,12 @@ class Shard(Whole):
 
     @contextlib.contextmanager
     def computing_with(self, values: Iterable[torch.Tensor]) -> Iterator[None]:
-        self.model.reshard()
+        self.model.reshard()  # so that the weights are gathered anew, here and afterwards
         with super().computing_with(values):
-            yield
-            self.model.reshard()
+            try:
+                yield
+            finally:
+                self.model.reshard()
 
     def _held(self) -> list[torch.Tensor]:
         return [p.to_local().detach() for p in self.parameters.values()]
@@ -219,14 +224,14 @@ class Shard(Whole):
 
     def gather(self) -> dict[str, torch.Tensor] | None:
         """One parameter at a time. All trainers of the replica must call it."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        state = {}
-        for key, tensor in self.model.state_dict(keep_vars=True).items():
-            name = names.get(id(tensor))
-            full = self.placed(name, self.memory[name]).full_tensor() if name else tensor
-            if not self.position:
-                state[key] = full.cpu()
-        return None if self.position else state
+        gathered = {}
+        for name, parameter in self.parameters.items():
+            whole = self.placed(name, self.memory[name]).full_tensor()
+            if self.position == 0:
+                gathered[id(parameter)] = whole.cpu()
+        if self.position != 0:
+            return None
+        return {key: gathered.get(id(t), t) for key, t in self.model.state_dict(keep_vars=True).items()}
 
 
 def move_gradient(parameter: torch.nn.Parameter, master: torch.Tensor) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import typing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     import torch
 
 FOLDER = "trainer_state"  # in the checkpoint's
