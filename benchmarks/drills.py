@@ -652,6 +652,7 @@ class Drilled(rc.Colocation):
             self.push_wrong_pieces(drill)
         elif drill == "stale-shard":
             self.fleet.ask(["trainer 1"], pretend_version, self.version - 1)
+            self.fleet.ask(self.engines, "wake_up", "weights")
             self.refused("collective_rpc", "push_weights", self.version)
             self.fleet.ask(["trainer 1"], pretend_version, self.version)
         push = super().push()
