@@ -28,6 +28,8 @@ CASES = {
     "opt 2": ("opt", 2, {}),
     "qwen3_moe replicated": ("qwen3_moe", 0, {}),
     "qwen3_moe 4": ("qwen3_moe", 4, {}),
+    "llama-half replicated": ("llama-half", 0, {"kl_coef": 0.1}),
+    "llama-half 2": ("llama-half", 2, {"kl_coef": 0.1}),
 }
 # Those that save after the first step: {case: the replica that does}.
 SAVES = {"qwen2 2": 1, "qwen2 replicated": 2}
@@ -133,8 +135,9 @@ def model_of(family: str):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family], initializer_range=0.3)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    name, _, half = family.partition("-")
+    config = AutoConfig.for_model(name, **COMMON, **FAMILIES[name], initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32).eval()
 
 
 def samples_of() -> list[dict]:
@@ -265,6 +268,7 @@ def test_sharded_trainers_step_as_replicas_do(found, case):
     for i, one in enumerate(found[case]):
         for row, wanted in zip(one["rows"], expected[0]["rows"], strict=True):
             assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        assert one["scaled"].dtype == expected[0]["scaled"].dtype
         torch.testing.assert_close(one["scaled"], expected[0]["scaled"], rtol=0, atol=1e-2)
         for name, (tensor, *_) in one["pieces"].items():
             assert torch.equal(tensor, found[case][i % size]["pieces"][name][0]), "replicas are bitwise the same"
