@@ -49,6 +49,8 @@ class Whole:
         """The parameters in float32, for an optimizer: copies. Gradients go to them from now on."""
         masters = [p.detach().float().clone() for p in self.parameters.values()]
         for parameter, master in zip(self.parameters.values(), masters, strict=True):
+            if not parameter.requires_grad:
+                continue
             parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         return masters
 
