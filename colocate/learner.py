@@ -254,6 +254,7 @@ class Learner:
             state["step"].fill_(self.steps)
         self.optimizer.param_groups[0]["lr"] = numbers["lr"] if learning_rate is None else learning_rate
         self.restore()
+        self._move_between_steps()
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All tensors by name, for trainer_state. AdamW's moments are made if there has been no step."""
