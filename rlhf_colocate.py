@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from colocate import checkpoint, checks, cluster, memory, trace
+from colocate import checkpoint, checks, cluster, memory, sharding, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
@@ -39,6 +39,7 @@ from colocate.preflight import check_shared_memory, preflight
 from colocate.report import Report
 from colocate.signals import interrupts_deferred
 from colocate.tasks import Task
+from colocate.watch import join_names
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The task
@@ -64,22 +65,18 @@ def reward(prompt: str, completion: str) -> float:  # YOURS, or --reward FILE.py
 
 
 class RayTrainingActor:
-    """A trainer on its share of a GPU: a full replica of the model, and its optimizer."""
+    """A trainer on its share of a GPU: all of the model and its optimizer, or its shard of them."""
 
-    def __init__(self, model: str, load_format: str, dtype: str, seed: int):
+    def __init__(self, model: str, load_format: str, dtype: str, seed: int, sharded: bool):
         import torch
-
-        import rlhf_utils
 
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # Ray shows a trainer its own only
         self.seed = seed
         self.random_weights = load_format == "dummy"
-        self.model = load_model(model, load_format, dtype, seed, self.device)  # YOURS: a transformers model
+        # YOURS: a transformers model. One that will be sharded may be larger than the GPU, and stays on the host.
+        self.model = load_model(model, load_format, dtype, seed, self.device, on_host=sharded)
         self.model.eval()
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION
-        if self.device.type == "cpu":
-            rlhf_utils.share_memory([*self.model.parameters(), self.version])
-        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model))  # by the checkpoint's names; views, no copies
 
     def report_device_id(self) -> dict:
         import torch
@@ -88,14 +85,28 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def join(self, rank: int, addresses: list[str], timeout_s: float, resume: str | None, options: dict) -> None:
-        """Meet the other trainers, and make the optimizer. resume: the checkpoint that its state comes from."""
+    def join(
+        self, rank: int, addresses: list[str], timeout_s: float, shards: int, resume: str | None, options: dict
+    ) -> None:
+        """Meet the other trainers, share the model with `shards` of them (0: with none), and make the optimizer.
+
+        resume: the checkpoint that its state comes from. options: of Learner; none where nothing is to be learnt.
+        """
+        import rlhf_utils
         from colocate.learner import Learner, join_group
 
-        join_group(rank, addresses, timeout_s, self.device)
+        join_group(rank, addresses, timeout_s, self.device, sharded=bool(shards))
+        self.held = sharding.Shard(self.model, shards, self.device) if shards else sharding.Whole(self.model)
+        if self.device.type == "cpu":
+            rlhf_utils.share_memory([*self.held.memory.values(), self.version])
+        # By the checkpoint's names: views, or pieces of them, no copies.
+        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.memory))
+        self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
+        if not options:
+            return
         # YOURS: anything with Learner's methods (step, restore, save, load), `steps` and `metrics`. It changes weights
         # in place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
-        self.learner = Learner(self.model, self.random_weights, **options)
+        self.learner = Learner(self.model, self.random_weights, held=self.held, **options)
         if resume:
             self.learner.load(Path(resume), options["learning_rate"])
 
@@ -105,11 +116,11 @@ class RayTrainingActor:
         import torch
 
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        before = [p.data_ptr() for p in self.model.parameters()]
+        before = [w.data_ptr() for w in self.held.memory.values()]
         self.version.fill_(-1)
         synchronize()
         yield
-        if [p.data_ptr() for p in self.model.parameters()] != before:
+        if [w.data_ptr() for w in self.held.memory.values()] != before:
             raise RuntimeError("the weights moved. Change them in place: engines have their memory mapped")
         synchronize()
         self.version.fill_(version)
@@ -136,18 +147,20 @@ class RayTrainingActor:
         import rlhf_utils
 
         version = (rlhf_utils.VERSION, self.version)
-        message = rlhf_utils.export_handles([*self.weights.items(), version])
+        message = rlhf_utils.export_handles([*self.weights.items(), version], self.readers)
         return {rlhf_utils.device_uuid(self.device): message}
 
     def save(self, folder: str) -> None:
-        """Write a Hugging Face checkpoint, and the optimizer's state beside it."""
+        """Write a Hugging Face checkpoint, and the optimizer's state beside it: all trainers of a replica together."""
         from transformers import GenerationConfig
 
         # Some published ones are invalid, and refuse to be saved; the original file is copied instead.
         self.model.generation_config = GenerationConfig.from_model_config(self.model.config)
         # transformers 5.19 lets rank 0 alone write, but a replica that is left may have another one.
         self.model.should_save_on_this_rank = lambda is_main_process: True
-        self.model.save_pretrained(folder)
+        weights = self.held.gather()
+        if weights is not None:  # the others have only helped
+            self.model.save_pretrained(folder, state_dict=weights)
         self.learner.save(Path(folder))
 
 
@@ -285,6 +298,8 @@ class Colocation:
         self.fleet = Fleet(report, stage_timeouts(config), config.timeout)
         self.cluster = cluster.Cluster(config, folder, model.rehearsal, self.fleet.watch)
         self.trainers = [f"trainer {i}" for i in range(config.num_gpus)]
+        n = config.replica_size
+        self.replicas = [self.trainers[i : i + n] for i in range(0, config.num_gpus, n)]  # each has all weights
         self.engines = [f"engine {e}" for e in range(config.num_engines)]
         self.versions = itertools.count(1)  # of the weights: none is given out twice
         self.version = 0
@@ -324,8 +339,7 @@ class Colocation:
         if trainers:
             self.sleep_level.forget()
             reports = self.fleet.ask(trainers, "report_device_id")
-            if self.config.steps:
-                self.join_trainers()
+            self.join_trainers()
             self.fleet.note(trainers, reports)  # not before: without its optimizer it has no state to save
             self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
@@ -354,7 +368,8 @@ class Colocation:
         options = {"num_cpus": 0, "num_gpus": config.trainer_gpu_share, "runtime_env": cluster.TRAINER_ENV}
         actor = ray.remote(self.trainer_class).options(**options, scheduling_strategy=where)
         load_format = "auto" if self.checkpoint else self.model.load_format
-        return actor.remote(str(self.checkpoint or self.model.folder), load_format, config.dtype, config.seed)
+        model = str(self.checkpoint or self.model.folder)
+        return actor.remote(model, load_format, config.dtype, config.seed, config.trainer == "fsdp")
 
     def join_trainers(self) -> None:
         """Let them make their process group and their optimizers."""
@@ -362,7 +377,8 @@ class Colocation:
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.checkpoint) if self.checkpoint else None
-        rest = (addresses, timeout_s, resume, self.config.learner_options)
+        shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
+        rest = (addresses, timeout_s, shards, resume, self.config.learner_options)
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
 
     def engine_args(self) -> dict:
@@ -465,26 +481,27 @@ class Colocation:
         return self.fleet.ask(self.trainers, method, version=self.version, **asked)
 
     def compare_replicas(self) -> dict[str, str]:
-        """Raise Stop unless the weights are bitwise the same in all trainers; each version is looked at once.
+        """Raise Stop unless the weights are bitwise the same in all replicas; each version is looked at once.
 
         Returns {"weights": a digest of all}, for the metrics.
         """
         if self.compared != self.version:
-            self.digests = checks.require_equal(self.fleet.ask(self.trainers, checks.weight_digests))
+            digests = self.fleet.ask(self.trainers, checks.weight_digests)
+            self.digests = checks.require_equal(digests, self.config.replica_size)
             self.compared = self.version
         return {"weights": checks.fingerprint(self.digests)}
 
-    def save(self, folder: Path, by: str = "trainer 0") -> None:
-        """Let a trainer write a checkpoint; an older one there is replaced once the new one is complete."""
+    def save(self, folder: Path, by: int = 0) -> None:
+        """Let a replica write a checkpoint; an older one there is replaced once the new one is complete."""
         with checkpoint.replacing(folder.resolve(), self.model.files_beside()) as new:
-            self.fleet.ask([by], "save", str(new))
+            self.fleet.ask(self.replicas[by], "save", str(new))
         self.checkpoint = folder.resolve()
 
     def recover(self, lost: Lost) -> tuple[int, dict]:
         """Replace what is lost, so that the loop can go on with a push. Returns what `restore` does.
 
         An engine has no state: a push brings it all there is. Trainers are replaced together, since their process group
-        cannot lose a member: from the state of one that is left, else from the last checkpoint.
+        cannot lose a member: from the state of a replica that is left, else from the last checkpoint.
         """
         with self.fleet.stage("recover"):
             gone = self.fleet.find_all_lost(lost)
@@ -495,7 +512,7 @@ class Colocation:
                 more = self.disconnect([e for e in self.engines if e not in gone])
                 survivors = {*self.trainers} - gone
                 if self.trained:
-                    self.save_surviving_state(sorted(survivors))
+                    self.save_surviving_state(survivors)
                 self.fleet.end(more | survivors)
                 gone |= more | survivors
             self.report("lost", f"replacing {', '.join(sorted(gone))}")
@@ -518,25 +535,28 @@ class Colocation:
                 broken.add(engine)
         return broken
 
-    def save_surviving_state(self, survivors: list[str]) -> None:
-        """Point `checkpoint` at the newest state of the trainers that is left, which is saved for that."""
+    def save_surviving_state(self, survivors: set[str]) -> None:
+        """Point `checkpoint` at the newest state of a whole replica among these trainers, which is saved for that."""
         newest = -1
-        for name in survivors:
+        for i, replica in enumerate(self.replicas):
+            if not survivors.issuperset(replica):
+                continue
+            names = join_names(replica)
             try:
-                self.fleet.ask([name], checks.weight_digests)  # raises if its weights are not finite
-                steps = self.fleet.ask([name], "state")[0]["steps"]
+                self.fleet.ask(replica, checks.weight_digests)  # raises if its weights are not finite
+                steps = checks.require_same_steps(self.fleet.ask(replica, "state"))
                 if steps > newest:
-                    self.save(Path(self.config.checkpoint or self.folder / "saved"), by=name)
+                    self.save(Path(self.config.checkpoint or self.folder / "saved"), by=i)
                     newest = steps
-                    self.report("lost", f"all trainers start again from {name}'s state after step {steps}")
+                    self.report("lost", f"all trainers start again from {names}'s state after step {steps}")
             except Lost:
                 raise
             except Stop as stop:  # its GPU is broken, or a disk is full
-                self.report("lost", f"{name} cannot save its state: {stop}")
+                self.report("lost", f"{names} cannot save the state: {stop}")
         if newest >= 0:
             return
         if not self.checkpoint:
-            raise Stop("no trainer is left, and no checkpoint. Next time: --checkpoint DIR --checkpoint-every 10")
+            raise Stop("no whole replica is left, and no checkpoint. Next time: --checkpoint DIR --checkpoint-every 10")
         self.report("lost", f"all trainers start again from the checkpoint {self.checkpoint.name}")
 
 
@@ -560,7 +580,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         colocation.compare_replicas()
-        report.replicas_equal(len(colocation.digests), len(colocation.trainers))
+        report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
     with stage("verify"):
         for name, check in compare_elements(colocation).items():

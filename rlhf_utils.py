@@ -75,6 +75,10 @@ class Piece:
         """All of it."""
         return Piece(weight, tuple(weight.shape), (0,) * weight.dim())
 
+    def named(self, weight: str) -> str:
+        """The weight's name, and where in it this piece begins if it is not all of it: "lm_head.weight[500, 0]"."""
+        return weight if tuple(self.tensor.shape) == tuple(self.full) else f"{weight}{list(self.start)}"
+
 
 def checkpoint_tensors(
     model: torch.nn.Module, memory: dict[str, torch.Tensor] | None = None

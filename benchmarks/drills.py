@@ -68,6 +68,7 @@ class Drill:
 EARLY = ("handles", "perturb", "restore")
 LOST = r"\[lost\] .*"
 RESCUED = r"\[lost\] all trainers start again from trainer 0's state after step \d+$"
+RESTARTED = r"\[lost\] all trainers start again from the checkpoint \S+$"
 REPLACED = r"\[lost\] replacing engine \d$"
 ENDED = r"\(pid \d+( on \S+)?\) has ended"
 STOPPED = r"engine 0 rank \d \(pid \d+ on \S+\) is stopped"
@@ -216,6 +217,60 @@ DRILLS = {
         then=REPLACED,
         run="no-checkpoint",
     ),
+    # Another one, whose two trainers hold a shard each, with one engine of two ranks.
+    "missing-piece": Drill(
+        fault="a trainer's piece of one weight is not sent",
+        expected="the connection is refused, and the weight named; the run goes on",
+        moment="push",
+        says=r"refused: engine 0 \(connect_weights\): HandleError: .*missing: \S+, but \d+ of \d+ elements",
+        run="shards",
+    ),
+    "moved-piece": Drill(
+        fault="a trainer's piece of one weight is sent as if it began a row earlier",
+        expected="the connection is refused, and the weight named; the run goes on",
+        moment="push",
+        says=r"refused: engine 0 \(connect_weights\): HandleError: .*overlapping: \S+: pieces of it",
+        run="shards",
+    ),
+    "swapped-pieces": Drill(
+        fault="the trainers' pieces of one weight are sent under each other's place",
+        expected="they are loaded, and the check 'transport' fails; the run goes on with the right ones",
+        moment="push",
+        says=r"noticed: transport: \S+\[0, 0\]",
+        run="shards",
+    ),
+    "stale-shard": Drill(
+        fault="trainer 1's version is not the one that is pushed, trainer 0's is",
+        expected="the push is refused; the run goes on",
+        moment="push",
+        says=r"refused: engine 0 \(push_weights\): HandleError: .*a trainer has weights at version \d+ then \d+",
+        run="shards",
+    ),
+    "kill-shard": Drill(
+        fault="SIGKILL to trainer 1, which holds a shard, before a rollout",
+        expected="all trainers go on from the last checkpoint",
+        moment="generate",
+        says=LOST + "lost trainer 1: trainer 1 " + ENDED,
+        then=RESTARTED,
+        run="shards",
+    ),
+    "kill-shard-train": Drill(
+        fault="SIGKILL to trainer 1, which holds a shard, in the middle of an optimizer step",
+        expected="all trainers go on from the last checkpoint",
+        moment="train",
+        says=LOST + "learn: lost trainer 1: trainer 1 " + ENDED,
+        then=RESTARTED,
+        run="shards",
+    ),
+    # One with two replicas of two shards each.
+    "kill-shard-of-set": Drill(
+        fault="SIGKILL to trainer 1, which holds a shard of the first of two replicas",
+        expected="all trainers go on from the other replica's state",
+        moment="generate",
+        says=LOST + "lost trainer 1: trainer 1 " + ENDED,
+        then=r"\[lost\] all trainers start again from trainer 2 and trainer 3's state after step \d+$",
+        run="replicas",
+    ),
     # Each of the others has a run of its own, which most of them end.
     "kill-gcs": Drill(
         fault="SIGKILL to Ray's gcs_server, which keeps its state",
@@ -249,7 +304,7 @@ DRILLS = {
         fault="SIGKILL to the only trainer, without a checkpoint",
         expected="the run says that the state is gone, and ends",
         moment="generate",
-        says="FAIL: no trainer is left, and no checkpoint",
+        says="FAIL: no whole replica is left, and no checkpoint",
         code=FAIL,
     ),
     "last-trainer-checkpoint": Drill(
@@ -326,13 +381,18 @@ for name, (fault, check) in FAULTS.items():
         says=r"FAIL: .*HandleError: .*missing: \w" if name == "drop-tensor" else f"FAIL: (.*; )?{check}: ",
         code=FAIL,
     )
+KILL_TRAINER_1 = ("kill-trainer-idle", "no-restarts", "kill-shard", "kill-shard-of-set")  # before a rollout
+PIECES = ("missing-piece", "moved-piece", "swapped-pieces")  # what a push out of shards must notice
 # What the script is started with, by run; {tmp} is a folder of the run's own.
 DEADLINES = ("--stage-timeout", "push={push_s:g},rollout={rollout_s:g}")
+SHARDS = ("--trainer", "fsdp", "--shard-size", "2")
 CHECKPOINT = ("--checkpoint", "{tmp}/checkpoint", "--checkpoint-every", "1")
 FLAGS = {
     # A save compares replicas.
     "survive": [*TWO, "--steps", "13", "--max-restarts", "12", "--sleep-level", "2", *CHECKPOINT, *DEADLINES],
     "no-checkpoint": ["--num-gpus", "2", "--tensor-parallel-size", "1", "--steps", "6", "--max-restarts", "10"],
+    "shards": [*TWO, *SHARDS, "--steps", "7", "--max-restarts", "2", *CHECKPOINT],
+    "replicas": ["--num-gpus", "4", "--tensor-parallel-size", "2", *SHARDS, "--steps", "3"],
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
@@ -394,6 +454,10 @@ def spoil(trainer, value: float) -> None:
 
 def stay_busy(trainer, seconds: float) -> None:
     time.sleep(seconds)
+
+
+def pretend_version(trainer, version: int) -> None:
+    trainer.version.fill_(version)
 
 
 def die_before_reply(trainer) -> None:
@@ -517,7 +581,7 @@ class Drilled(rc.Colocation):
             self.kill("Ray's gcs_server")
         elif drill == "kill-raylet":
             self.kill("Ray's raylet")
-        elif drill in ("kill-trainer-idle", "no-restarts") or self.armed == "kill-trainer-twice":
+        elif drill in KILL_TRAINER_1 or self.armed == "kill-trainer-twice":
             self.kill("trainer 1")
         elif drill == "last-trainer":
             self.kill("trainer 0")
@@ -544,7 +608,7 @@ class Drilled(rc.Colocation):
         elif drill == "kill-worker-busy":
             self.fleet.actors["trainer 0"].__ray_call__.remote(stay_busy, BUSY_S)  # its step has to wait for that
             self.kill("engine 0 rank 0", drill, after=1)
-        elif drill == "kill-trainer-train":
+        elif drill in ("kill-trainer-train", "kill-shard-train"):
             self.kill("trainer 1", drill, after=0.02)
         elif drill == "kill-trainer-reply":
             self.fleet.ask(["trainer 1"], die_before_reply)
@@ -584,6 +648,13 @@ class Drilled(rc.Colocation):
             self.refused("collective_rpc", "push_weights", -1)
         elif drill == "oom-wake":
             self.fleet.ask(self.trainers, fill_gpu)
+        elif drill in PIECES:
+            self.push_wrong_pieces(drill)
+        elif drill == "stale-shard":
+            self.fleet.ask(["trainer 1"], pretend_version, self.version - 1)
+            self.fleet.ask(self.engines, "wake_up", "weights")
+            self.refused("collective_rpc", "push_weights", self.version)
+            self.fleet.ask(["trainer 1"], pretend_version, self.version)
         push = super().push()
         if drill == "torn-push":
             self.on_workers(disturb, "fail")
@@ -594,12 +665,27 @@ class Drilled(rc.Colocation):
             self.on_workers(corrupt, self.handles(), self.control)
         return push
 
+    def push_wrong_pieces(self, drill: str) -> None:
+        """Connect the engine to these, and push if it takes them. It is connected anew afterwards."""
+        self.control = drill
+        self.connected = False
+        if drill == "swapped-pieces":
+            super().push()
+            wrong = rc.compare_elements(self)["transport"]["wrong"]
+            self.report("drill", f"noticed: transport: {', '.join(next(iter(wrong.values()), []))}")
+        else:
+            self.refused("collective_rpc", "connect_weights", self.handles())
+        self.control = ""
+        self.connected = False
+
     def handles(self) -> dict[str, dict]:
         messages = super().handles()
         if self.strikes("handles") == "corrupt-handle":
             damage(messages)
         if self.control in ("drop-tensor", "swap-tensors"):
             misname(next(iter(messages.values())), self.control)
+        if self.control in PIECES:
+            misplace([*messages.values()], self.control)
         return messages
 
 
@@ -641,6 +727,22 @@ def misname(message: dict, fault: str) -> None:
         one, other = next((w, twin) for w, twin in twins if w is not twin)
         one["name"], other["name"] = other["name"], one["name"]
     message["checksum"] = rlhf_utils.checksum(message)
+
+
+def misplace(messages: list[dict], drill: str) -> None:
+    """Send wrong pieces of one weight: the first with equal pieces in two trainers' messages."""
+    import rlhf_utils
+
+    first, second = ({w["name"]: w for w in message["weights"]} for message in messages)
+    name = next(n for n, w in first.items() if len(w["shape"]) == 2 and second[n]["shape"] == w["shape"])
+    if drill == "missing-piece":
+        messages[1]["weights"].remove(second[name])
+    elif drill == "moved-piece":
+        second[name]["start"][0] -= 1
+    else:
+        first[name]["start"], second[name]["start"] = second[name]["start"], first[name]["start"]
+    for message in messages:
+        message["checksum"] = rlhf_utils.checksum(message)
 
 
 def fill(path: str) -> None:

@@ -6,6 +6,7 @@ What a worker compares is in colocate/verify.py.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 
@@ -18,12 +19,18 @@ from colocate.report import summary
 
 
 def weight_digests(trainer) -> dict[str, str]:
-    """{weight name: 64-bit digest of its bits}. Raises ValueError if a weight holds NaN or Inf."""
+    """{weight, or a piece of it that this trainer holds (see `Piece.named`): 64-bit digest of its bits}.
+
+    Raises ValueError if one holds NaN or Inf.
+    """
     import torch
 
     import rlhf_utils
 
-    weights = trainer.weights
+    weights = {}
+    for name, held in trainer.weights.items():
+        piece = held if isinstance(held, rlhf_utils.Piece) else rlhf_utils.Piece.of(held)
+        weights[piece.named(name)] = piece.tensor
     # A sum is finite only if all it adds up is, and takes no memory beside the weights.
     finite = torch.stack([t.sum(dtype=torch.float32).isfinite() for t in weights.values()]).tolist()
     if bad := [name for name, ok in zip(weights, finite, strict=True) if not ok]:
@@ -37,26 +44,30 @@ def fingerprint(digests: dict[str, str]) -> str:
 
 
 def perturb(trainer, *, version: int) -> None:
-    """Change every weight, by seeded noise of 2 % of its root mean square: different for each tensor and version.
+    """Change every weight, by seeded noise of 2 % of its root mean square: another for each tensor, shard and version.
 
     For the proof of the push, which an optimizer step does not suit: it leaves some weights as they are.
     """
     import torch
 
-    generator = torch.Generator(trainer.device).manual_seed(trainer.seed * 1_000_003 + version)
+    shard = trainer.held.position << 56
+    generator = torch.Generator(trainer.device).manual_seed(trainer.seed * 1_000_003 + version + shard)
     with torch.no_grad(), trainer.changing_weights(version):
-        for p in trainer.model.parameters():
+        for p in trainer.held.memory.values():
             scale = 0.02 * p.float().square().mean().sqrt().clamp_min(0.02)
             noise = torch.empty(p.shape, dtype=torch.float32, device=trainer.device).normal_(generator=generator)
             p.add_((noise * scale).to(p.dtype))
 
 
 def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:
-    """Log-probability, in nats, of each token but the first given those before it, by the trainer's own model."""
+    """Log-probability, in nats, of each token but the first given those before it, by the trainer's own model.
+
+    Of all trainers at once: those that hold shards gather the layers for it. They compute with what engines read.
+    """
     import torch
 
     result = []
-    with torch.no_grad():
+    with torch.no_grad(), trainer.held.computing_as_engines():
         for token_ids in sequences:
             ids_T = torch.tensor(token_ids, device=trainer.device)
             logprobs_TV = trainer.model(ids_T[None]).logits[0].float().log_softmax(-1)
@@ -69,16 +80,26 @@ def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def require_equal(digests: list[dict[str, str]]) -> dict[str, str]:
-    """The digests of one trainer. Raises Stop unless the weights are bitwise the same in all of them.
+def require_equal(digests: list[dict[str, str]], size: int = 1) -> dict[str, str]:
+    """The digests of one replica. Raises Stop unless the weights are bitwise the same in all of them.
 
-    Pushed, different ones would tear an engine apart.
+    digests: `weight_digests` of all trainers, of which `size` make up a replica. Pushed, different ones would tear an
+    engine apart.
     """
-    first = digests[0]
-    wrong = {n for other in digests[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)}
+    replicas = [collections.ChainMap(*digests[i : i + size]) for i in range(0, len(digests), size)]
+    first = replicas[0]
+    wrong = {n for other in replicas[1:] for n in other.keys() | first.keys() if other.get(n) != first.get(n)}
     if wrong:
         raise Stop(f"replicas: the trainers' weights differ, push refused: {summary(sorted(wrong))}")
-    return first
+    return dict(first)
+
+
+def require_same_steps(states: list[dict]) -> int:
+    """How many steps all trainers of a replica have done. Raises Stop if shards are of different ones."""
+    steps = sorted({state["steps"] for state in states})
+    if len(steps) > 1:
+        raise Stop(f"shards are of different steps, {steps}: some trainers were lost in the middle of one")
+    return steps[0]
 
 
 def combine(results: list[dict], kind: str, strict: bool = False) -> dict:

@@ -66,6 +66,19 @@ class Config:
 
     model: str | None = flag(None, f"hub id, or folder of a Hugging Face checkpoint (default: {DEFAULT_MODEL})")
     num_gpus: int = flag(4, "GPUs; each is a bundle, with one trainer", at_least=1)
+    trainer: str = flag(
+        "auto",
+        "'replicated': each trainer has all of the model and its optimizer; 'fsdp': several share them in shards "
+        "(FSDP2); 'auto': replicated where that fits into memory, else fsdp",
+        choices=("auto", "replicated", "fsdp"),
+    )
+    shard_size: int | None = flag(
+        None,
+        "fsdp: neighbours that share one replica (default: the fewest whose memory it fits into, but not fewer than "
+        "--tensor-parallel-size)",
+        type=int,
+        at_least=1,
+    )
     tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started", at_least=1)
     trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a trainer", above=0, below=1)
     engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker", above=0, below=1)
@@ -160,6 +173,11 @@ class Config:
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
     @property
+    def replica_size(self) -> int:
+        """Trainers that make up a replica. --trainer auto must be resolved."""
+        return (self.shard_size or self.num_gpus) if self.trainer == "fsdp" else 1
+
+    @property
     def num_engines(self) -> int:
         return self.num_gpus // self.tensor_parallel_size
 
@@ -170,7 +188,9 @@ class Config:
 
     @property
     def learner_options(self) -> dict:
-        """Keywords of colocate.learner.Learner."""
+        """Keywords of colocate.learner.Learner; none without an RLHF step."""
+        if not self.steps:
+            return {}
         names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
         options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
         return options | {"offload": self.offload_optimizer}
@@ -237,7 +257,21 @@ def check_layout(config: Config) -> None:
     shares = f"--trainer-gpu-share {trainer:g} and --engine-gpu-share {engine:g} add up to {trainer + engine:g}"
     fix = "Try: --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
     refuse_unless(trainer + engine <= 1 + 1e-9, f"{shares}, but a GPU has 1 to give. {fix}")
+    check_shards(config)
     stage_timeouts(config)
+
+
+def check_shards(config: Config) -> None:
+    """Raise Stop(USAGE) for shards that the trainers cannot make up."""
+    size = config.shard_size
+    if size is None:
+        return
+    n = config.num_gpus
+    best = max(s for s in range(1, min(n, size) + 1) if n % s == 0)
+    gpus = f"{n} GPU{'s' if n > 1 else ''}"
+    refuse_unless(n % size == 0, f"--shard-size {size} does not divide {gpus}. Try: --shard-size {best}")
+    message = f"--trainer replicated has no shards, and --shard-size is {size}. Try: --trainer fsdp, or leave one out"
+    refuse_unless(config.trainer != "replicated" or size == 1, message)
 
 
 def stage_timeouts(config: Config) -> dict[str, float]:

@@ -1,19 +1,20 @@
 """The trainers' optimizer: one step over all replicas, and its state on disk. This is the file to replace by yours.
 
-Knows nothing of vLLM, Ray or handles. It promises two things to the rest: weights change in place, since engines have
-them mapped, and after a step they are bitwise the same in all replicas.
+Knows nothing of vLLM, Ray or handles, and of shards only what `sharding.Whole` and `sharding.Shard` have in common. It
+promises two things to the rest: weights change in place, since engines have them mapped, and after a step they are
+bitwise the same in all replicas.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import math
 from pathlib import Path
 
 import torch
 
+from colocate import trainer_state
 from colocate.attention import VARLEN
 from colocate.grpo import Batch, collate, grpo_loss, micro_batches
 from colocate.logprobs import (
@@ -25,23 +26,26 @@ from colocate.logprobs import (
     states,
     token_logprobs,
 )
+from colocate.sharding import Whole
 
-STATE_FILE = "trainer_state.pt"  # beside a Hugging Face checkpoint: what `Learner` needs to go on
+# Makes a trainer of shards that has no more samples go along with the others: its gradient is 0.
+DUMMY = {"prompt": [0], "tokens": [0], "logprobs": [0.0], "advantage": 0.0}
 # Tokens of a micro-batch on a GPU, at most. One step of Qwen2.5-0.5B's shape with 64 x 272 tokens on an H100, with
 # micro-batches of 4,400, 6,000, 9,000 and 18,000 tokens: 0.51, 0.45, 0.34 and 0.37 s; 15.3, 17.5, 21.0 and 32.3 GiB.
 ENOUGH_TOKENS = 9000
 CHECKPOINTED_TOKENS = 36_000  # with gradient checkpointing, where a token takes a small part of that memory
 MASKED_TOKENS = 2048  # where attention takes a mask, whose cost grows with the square of the tokens
 CPU_TOKENS = 1024
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.device) -> None:
-    """Meet the other trainers in torch.distributed's default process group. One trainer needs none.
+def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.device, sharded: bool = False) -> None:
+    """Meet the other trainers in torch.distributed's default process group. One trainer needs none, unless `sharded`.
 
     addresses: host:port of each trainer, in the order of ranks; they meet at the first. timeout_s: how long an
     all-reduce waits for a peer.
     """
-    if len(addresses) == 1:
+    if len(addresses) == 1 and not sharded:
         return
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -58,11 +62,11 @@ def default_learning_rate(model: torch.nn.Module, random_weights: bool) -> float
 
 
 class Learner:
-    """AdamW on float32 master weights, from which the model's (bf16) weights are rounded in place.
+    """AdamW on float32 master weights, from which the (bf16) weights that engines read are rounded in place.
 
     Masters and the optimizer's two moments take 12 bytes per parameter; with `offload` they are in host memory between
-    steps. The gradient, one flat float32 tensor for a single all-reduce, takes 4 bytes more during a step. With several
-    replicas, call `join_group` first, and `step` on all of them together.
+    steps (masters that are shards stay: FSDP computes with them). The gradient takes 4 bytes more during a step. With
+    several trainers, call `join_group` first, and `step` on all of them together.
     """
 
     def __init__(
@@ -77,8 +81,10 @@ class Learner:
         tokens_per_micro_batch: int | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
+        held: Whole | None = None,
     ):
-        """learning_rate: None for the default. kl_coef: above 0 it keeps a copy of the model as it is now.
+        """held: what this trainer holds of the model; None: all. learning_rate: None for the default. kl_coef: above 0
+        it keeps a copy of the weights as they are now.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
         sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
@@ -94,47 +100,43 @@ class Learner:
         self.workspace = 0  # bytes of GPU memory that the last step gave back
         self.steps = 0
         self.metrics: dict[str, float] = {}  # what the last step returned
-        self.parameters = list(model.parameters())  # tied weights come once
-        self.device = self.parameters[0].device
+        self.held = held or Whole(model)
+        self.weights = [w.detach() for w in self.held.memory.values()]  # what engines read
+        self.device = self.weights[0].device
         self.route = find_route(model)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
+        self.reference = [w.clone() for w in self.weights] if kl_coef else None
         if gradient_checkpointing:
             checkpoint_layers(model)
-        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.masters = self.held.masters()
         if learning_rate is None:
             learning_rate = default_learning_rate(model, random_weights)
         options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
         self.optimizer = torch.optim.AdamW(self.masters, **options)
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if not parameter.requires_grad:
-                continue
-            parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         self._move_between_steps()
 
     def __str__(self) -> str:
         """What was chosen for this model and this GPU."""
         attention = self.model.config._attn_implementation
         size = f"micro-batches of {self.tokens_per_micro_batch or '?'} tokens"
-        return f"{attention} attention, {self.route}, {size}"
+        return f"{self.held}, {attention} attention, {self.route}, {size}"
 
     def step(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
-        """One optimizer step on all replicas' samples; these are this replica's. total_tokens: of all completions.
+        """One optimizer step on all trainers' samples; these are this one's. total_tokens: of all completions.
 
         Returns {"loss", "grad_norm", "logprob_gap", "ratio", "clipped"[, "kl"]}: means over all tokens, the same on
-        every replica. Raises ValueError, with the weights untouched, if the gradient is not finite.
+        every trainer. Raises ValueError, with the weights untouched, if the gradient is not finite.
         """
         self._reserve_workspace()
         self._move(self.device)
-        sizes = [p.numel() for p in self.parameters]
-        gradient = torch.zeros(sum(sizes), device=self.device)
-        for master, part in zip(self.masters, gradient.split(sizes), strict=True):
-            master.grad = part.view(master.shape)
+        self.held.begin_step(self.masters, self.device)
         totals = self._add_gradients(samples, total_tokens)
+        self.held.sum_gradients(self.masters)
         numbers = torch.stack([totals[name] for name in sorted(totals)])
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(numbers)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+        norm = self.held.norm(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(self.masters, 1.0, norm)
+        norm = float(norm)
         if math.isfinite(norm):
             self.optimizer.step()
             self.restore()
@@ -142,7 +144,6 @@ class Learner:
             means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
             self.metrics = means | {"grad_norm": norm}
         self.optimizer.zero_grad(set_to_none=True)
-        del gradient, part  # before unused memory is given back
         self.workspace = self._move_between_steps()
         if not math.isfinite(norm):
             fix = "Check the rewards, or try a smaller --learning-rate"
@@ -155,15 +156,24 @@ class Learner:
             self.tokens_per_micro_batch = self._fitting_tokens()
         packed = self.route.packed
         parts = micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed)
+        idle = self.held.most(len(parts)) - len(parts)
         # All are brought to the GPU before it has work: a copy from the host waits for what it does at the time.
-        batches = [collate(part, self.device, packed) for part in parts]
+        batches = [collate(part, self.device, packed) for part in (*parts, *[[DUMMY]] * idle)]
+        references = [None] * len(batches)
+        if self.reference:
+            with self.held.computing_with(self.reference):
+                references = [logprobs_of(self.model, batch, self.route) for batch in batches]
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            self._add_gradient(batch, total_tokens, totals)
+        for batch, reference_N in zip(batches[: len(parts)], references, strict=False):
+            self._add_gradient(batch, reference_N, total_tokens, totals)
+        for batch in batches[len(parts) :]:
+            self._add_gradient(batch, None, total_tokens, {})
         return totals
 
-    def _add_gradient(self, batch: Batch, total_tokens: int, totals: dict[str, torch.Tensor]) -> None:
-        """Forward and backward pass of a micro-batch, whose sums are added to `totals`.
+    def _add_gradient(
+        self, batch: Batch, reference_N: torch.Tensor | None, total_tokens: int, totals: dict[str, torch.Tensor]
+    ) -> None:
+        """Forward and backward pass of a micro-batch, whose sums are added to `totals`. reference_N: for the KL.
 
         The head goes forward and back with one chunk of tokens at a time, so only one chunk's logits exist. The
         gradients at its inputs are put together, and go back through the rest of the model at once.
@@ -172,9 +182,7 @@ class Learner:
         n = chunk_tokens(self.model)
         chunks = [chunk.detach().requires_grad_() for chunk in whole_NH.split(n)]
         columns = [batch.targets_N.split(n), batch.sampler_N.split(n), batch.advantage_N.split(n)]
-        references = [None] * len(chunks)
-        if self.reference:
-            references = logprobs_of(self.reference, batch, self.route).split(n)
+        references = [None] * len(chunks) if reference_N is None else reference_N.split(n)
         for states_nH, targets_n, sampler_n, advantage_n, reference_n in zip(chunks, *columns, references, strict=True):
             logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route)
             rest = (total_tokens, self.clip_range, reference_n, self.kl_coef)
@@ -204,7 +212,8 @@ class Learner:
         del whole_NH
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - before
         if not self.optimizer.state:  # the first step makes the two moments
-            free -= 8 * sum(p.numel() for p in self.parameters)
+            free -= 8 * sum(m.numel() for m in self.masters)
+        free -= 4 * sum(m.numel() for m in self.masters if m.grad is None)
         return max(1, min(enough, int((0.75 * free - 3 * CHUNK_BYTES) / per_token)))
 
     def _reserve_workspace(self) -> None:
@@ -218,45 +227,55 @@ class Learner:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the model's weights to the masters, rounded to their dtype."""
-        torch._foreach_copy_(self.parameters, self.masters)
+        """Set the weights that engines read to the masters, rounded to their dtype."""
+        torch._foreach_copy_(self.weights, self.masters)
 
     def save(self, folder: Path) -> None:
-        """Write the optimizer's state beside the model's checkpoint."""
-        state = {"steps": self.steps, "metrics": self.metrics, "masters": self.masters}
-        state["optimizer"] = self.optimizer.state_dict()
-        if self.reference:
-            state["reference"] = self.reference.state_dict()
-        torch.save(state, folder / STATE_FILE)
+        """Write the optimizer's state beside the model's checkpoint: all trainers of one replica together."""
+        numbers = {"steps": self.steps, "metrics": self.metrics, "lr": self.optimizer.param_groups[0]["lr"]}
+        numbers["with_reference"] = bool(self.reference)
+        trainer_state.write(folder, self._state(), numbers, self.held.group)
 
     def load(self, folder: Path, learning_rate: float | None = None) -> None:
-        """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break.
+        """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break, if as
+        many trainers make up a replica as then.
 
         Raises ValueError if only one of the two, the saved run or this one, has starting weights for the KL.
         """
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        if "reference" in state and not self.reference:
+        numbers = trainer_state.read_numbers(folder)
+        if numbers["with_reference"] and not self.reference:
             raise ValueError(f"{folder} is of a run with --kl-coef. Give the same --kl-coef again")
-        if self.reference and "reference" not in state:
+        if self.reference and not numbers["with_reference"]:
             raise ValueError(f"{folder} is of a run without --kl-coef, and has no starting weights. Leave it out")
-        self._move(self.device)
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if learning_rate is not None:
-            self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.steps = state["steps"]
-        self.metrics = state.get("metrics", {})
-        if self.reference:
-            self.reference.load_state_dict(state["reference"])
+        trainer_state.read_tensors(folder, self._state())
+        self.steps = numbers["steps"]
+        self.metrics = numbers["metrics"]
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.steps)
+        self.optimizer.param_groups[0]["lr"] = numbers["lr"] if learning_rate is None else learning_rate
         self.restore()
         self._move_between_steps()
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, for trainer_state. AdamW's moments are made if there has been no step."""
+        state = {}
+        for i, (name, master) in enumerate(zip(self.held.memory, self.masters, strict=True)):
+            moments = self.optimizer.state[master]
+            if not moments:
+                moments["step"] = torch.zeros((), device=self.device)
+                moments |= {moment: torch.zeros_like(master) for moment in MOMENTS}
+            tensors = {"master": master} | {moment: moments[moment] for moment in MOMENTS}
+            if self.reference:
+                tensors["reference"] = self.reference[i]
+            state |= {f"{part}.{name}": self.held.placed(name, t) for part, t in tensors.items()}
+        return state
 
     def _move_between_steps(self) -> int:
         """Bring masters and moments where they stay, and give unused GPU memory back: an engine may need it.
 
         Returns how many bytes were given back.
         """
+        self.held.release()
         self._move("cpu" if self.offload else self.device)
         if self.device.type != "cuda":
             return 0
@@ -265,15 +284,10 @@ class Learner:
         return reserved - torch.cuda.memory_reserved(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        """Bring masters and moments to the device."""
-        for master in self.masters:
-            master.data = master.data.to(device)
+        """Bring masters and moments to the device; masters that the model computes with stay."""
+        if not self.held.group:
+            for master in self.masters:
+                master.data = master.data.to(device)
         for state in self.optimizer.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 state[name] = state[name].to(device)
-
-
-def move_gradient(parameter: torch.nn.Parameter, master: torch.Tensor) -> None:
-    """Add a parameter's gradient, as soon as it is there, to the float32 one of its master, and free it."""
-    master.grad.add_(parameter.grad)
-    parameter.grad = None

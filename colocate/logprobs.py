@@ -68,7 +68,8 @@ def states(model: torch.nn.Module, batch: Batch, route: Route) -> torch.Tensor:
         # A mask of four dimensions is taken as it is. With none, transformers would look for packed sequences, and wait
         # for the GPU to answer.
         inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
-    found_BLH = model.base_model(**inputs).last_hidden_state if route.by_head else model(**inputs).logits
+    base = getattr(model, "run_base", model.base_model)  # of a sharded model, see sharding.Shard
+    found_BLH = base(**inputs).last_hidden_state if route.by_head else model(**inputs).logits
     return found_BLH.flatten(0, 1).index_select(0, batch.predictors_N)
 
 
@@ -169,7 +170,7 @@ def find_route(model: torch.nn.Module) -> Route:
     expected = [states(model, collate([s], device, packed=False), whole) for s in samples]
     model.set_attn_implementation(chosen)
     # Half precision rounds each layer's output; a wrong position or mask changes it by its own size.
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if expected[0].dtype == torch.float32 else 0.1
     for route in ROUTES:
         try:
             found, beside_other = (

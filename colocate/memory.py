@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from colocate.config import LONGEST_PROMPT, MISSING, Config, Stop
+from colocate.config import LONGEST_PROMPT, MISSING, Config, Stop, refuse_unless
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +29,22 @@ def itemsize(config: Config) -> int:
 def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
     """(between steps, at most during one): weights, masters and moments (12 bytes per parameter), gradient (4).
 
-    And with --kl-coef a copy of the weights. Activations are not counted.
+    And with --kl-coef a copy of the weights. Shards are that many times smaller; their masters are never offloaded.
+    Activations are not counted, nor the layers that FSDP gathers.
     """
+    sharded = config.trainer == "fsdp"
+    parameters = -(-parameters // config.replica_size)
     weights = parameters * itemsize(config)
+    masters = 4 * parameters
     if not config.steps:
-        return weights, weights
+        kept = weights + (masters if sharded else 0)
+        return kept, kept
     models = weights * (1 + (config.kl_coef > 0))
-    kept = models + (0 if config.offload_optimizer else 12 * parameters)
+    kept = models
+    if sharded or not config.offload_optimizer:
+        kept += masters
+    if not config.offload_optimizer:
+        kept += 8 * parameters
     return kept, models + 16 * parameters
 
 
@@ -120,10 +129,52 @@ def check_gpu_memory(config: Config, model_config: dict, parameters: int, gpus: 
             raise Stop(f"{found}. {fix}", MISSING)
 
 
+def choose_trainer(
+    config: Config, architecture: str, can_shard: bool, check: Callable[[Config], None]
+) -> tuple[Config, str]:
+    """The configuration with --trainer auto and --shard-size resolved, and why: (config, note).
+
+    can_shard: the model's layers were found. check: raises Stop for a configuration that does not fit into memory.
+    Raises Stop(USAGE) for a model that cannot be sharded and is to be. With several GPUs, the smallest replica that
+    fits is the best: most of what its engine needs then lies on the engine's own GPUs.
+    """
+
+    def fits(candidate: Config) -> bool:
+        try:
+            check(candidate)
+        except Stop:
+            return False
+        return True
+
+    n = config.num_gpus
+    asked = config.trainer == "fsdp" or (config.trainer == "auto" and config.shard_size is not None)
+    message = f"--trainer fsdp shards a model by its layers, and those of {architecture} were not found"
+    refuse_unless(can_shard or not asked, f"{message}. Try: --trainer replicated")
+    if asked and config.shard_size:
+        return dataclasses.replace(config, trainer="fsdp"), ""
+    replicated = dataclasses.replace(config, trainer="replicated")
+    if not asked:
+        if config.trainer == "replicated" or n == 1 or not can_shard:
+            return replicated, ""
+        if fits(replicated):
+            return replicated, "--trainer auto: replicated, as a whole replica with its optimizer fits beside an engine"
+    least = max(config.tensor_parallel_size, min(n, 2))
+    sizes = [size for size in range(least, n + 1) if n % size == 0]
+    candidates = [dataclasses.replace(config, trainer="fsdp", shard_size=size) for size in sizes]
+    chosen = next(filter(fits, candidates), candidates[-1])
+    why = "the smallest that fits beside an engine"
+    if not asked:
+        why += ", as a whole replica does not"
+    return chosen, f"--trainer {config.trainer}: fsdp with --shard-size {chosen.shard_size}, {why}"
+
+
 def what_helps(config: Config, free: float, engine: float, kept: float, peak: float) -> list[str]:
     """Flags with which less memory is needed, in GiB as in `check_gpu_memory`, and none that changes nothing."""
     if peak > free:  # a step alone, the engine being asleep
-        return ["a smaller --model", "--steps 0 for the push alone"]
+        helps = ["a smaller --model", "--steps 0 for the push alone"]
+        if config.replica_size < config.num_gpus:
+            helps.append(f"--trainer fsdp --shard-size {config.num_gpus}")
+        return helps
     helps = ["a lower --gpu-memory-utilization"]
     if not config.sleep_level and config.steps:
         helps.append("--sleep-level 2")

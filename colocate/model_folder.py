@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colocate.config import DEFAULT_MODEL, LONGEST_PROMPT, MISSING, USAGE, Config, Stop
+from colocate.sharding import decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ class Model:
     config: dict  # config.json with transformers' defaults and common names filled in
     architecture: str = ""  # the class, as vLLM's registry names it
     parameters: int = 0  # tied weights once
+    can_shard: bool = True  # its layers were found
     has_tokenizer: bool = False
     notes: tuple[str, ...] = ()  # lines for the user
     rehearsal: bool = False  # on the CPU, by Ray's logical GPUs
@@ -98,7 +100,7 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
             notes.append(f"{source}: {weights.name} is read; left out: {', '.join(left_out)}")
     model_config = read_config(source)
     check_length(config, model_config)
-    parameters, rows = check_weights(model_config, weights, shapes)
+    parameters, rows, can_shard = check_weights(model_config, weights, shapes)
     names = model_config.attribute_map  # GPT-2's n_layer is num_hidden_layers, too
     settings = model_config.to_dict() | {name: getattr(model_config, name) for name in names}
     check_heads(config, settings)
@@ -106,7 +108,8 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
     if not has_tokenizer:
         name = "the model" if load_format == "dummy" else source
         notes.append(f"{name} has no tokenizer: prompts are seeded token ids; PROMPTS and reward wait for one that has")
-    return Model(folder, source, load_format, settings, architecture, parameters, has_tokenizer, tuple(notes))
+    found = {"parameters": parameters, "can_shard": can_shard, "has_tokenizer": has_tokenizer}
+    return Model(folder, source, load_format, settings, architecture, **found, notes=tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,9 +418,10 @@ def check_heads(config: Config, model_config: dict) -> None:
         raise Stop(f"{found}: {heads} attention heads and {kv_heads} KV heads. {fix}", USAGE)
 
 
-def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int]]) -> tuple[int, int]:
-    """Load the model on the meta device, by transformers' own rules. Returns (parameters, rows of the embedding).
+def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int]]) -> tuple[int, int, bool]:
+    """Load the model on the meta device, by transformers' own rules.
 
+    Returns (parameters, rows of the embedding, whether its layers are found: see `sharding.decoder_layers`).
     weights: the checkpoint's file or index, or None for random weights. Raises Stop(USAGE) for tensors that are
     missing, have another shape, or are left over: transformers would fill the first with random numbers.
     """
@@ -438,7 +442,8 @@ def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int
         if wrong := describe_loading(info):
             raise Stop(f"{weights} does not fit {build.__name__}: {wrong}. Take or save it again.", USAGE)
         model.tie_weights()  # transformers leaves them apart where both are in the file and cannot be compared
-    return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.shape[0]
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, model.get_input_embeddings().weight.shape[0], bool(decoder_layers(model))
 
 
 def describe_loading(info: dict) -> str:
@@ -490,8 +495,10 @@ def first_line(error: object) -> str:
     return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
 
 
-def load_model(folder: str, load_format: str, dtype: str, seed: int, device: torch.device) -> torch.nn.Module:
-    """A trainer's transformers model. load_format "dummy": seeded random weights.
+def load_model(
+    folder: str, load_format: str, dtype: str, seed: int, device: torch.device, on_host: bool = False
+) -> torch.nn.Module:
+    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: it stays there for now.
 
     Raises ValueError if the checkpoint's tensors are not exactly the model's: transformers fills what is missing with
     random numbers.
@@ -504,6 +511,7 @@ def load_model(folder: str, load_format: str, dtype: str, seed: int, device: tor
     config = AutoConfig.from_pretrained(folder)
     options = {"dtype": getattr(torch, dtype)}
     options["attn_implementation"] = attention_for(config, device, options["dtype"])
+    device = torch.device("cpu") if on_host else device
     if load_format == "dummy":
         torch.manual_seed(seed)
         with device:

@@ -19,9 +19,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colocate import trainer_state
 from colocate.cluster import available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
-from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, rehearsal_kv_bytes
+from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
 from colocate.model_folder import Model, check_model
 from colocate.tasks import check_task
 
@@ -72,7 +73,7 @@ def check_outputs(config: Config) -> None:
 
 def check_checkpoint_folder(path: Path) -> None:
     """Raise Stop(USAGE) unless this is a folder that may be replaced whole."""
-    ours = not path.exists() or (path / "trainer_state.pt").is_file()
+    ours = not path.exists() or (path / trainer_state.FOLDER).is_dir()
     empty = path.is_dir() and not any(path.iterdir())
     message = f"--checkpoint {path} holds something else, which a checkpoint would replace"
     refuse_unless(ours or empty, f"{message}. Try: --checkpoint {path}-checkpoint")
@@ -99,10 +100,10 @@ def check_resume(config: Config, parameters: int) -> None:
     if not config.resume:
         return
     folder = Path(config.resume).expanduser().resolve()
-    state_file = folder / "trainer_state.pt"
+    state = folder / trainer_state.FOLDER
     hint = "Give --resume a folder that --checkpoint wrote"
-    for file in (folder / "config.json", state_file):
-        refuse_unless(file.is_file(), f"--resume {folder} has no {file.name}. {hint}")
+    for path in (folder / "config.json", state):
+        refuse_unless(path.exists(), f"--resume {folder} has no {path.name}. {hint}")
     try:
         dtype = json.loads((folder / "config.json").read_text())
         dtype = dtype.get("dtype") or dtype.get("torch_dtype") or config.dtype
@@ -111,28 +112,17 @@ def check_resume(config: Config, parameters: int) -> None:
     message = f"--resume {folder} was trained in {dtype}, and --dtype is {config.dtype}. Try: --dtype {dtype}"
     refuse_unless(config.dtype in ("auto", dtype), message)
     try:
-        state = load_trainer_state(state_file)
-        with_reference = "reference" in state
-        whole = {"steps", "masters", "optimizer"} <= state.keys()
-        of_this_model = sum(m.numel() for m in state["masters"]) == parameters
-    except Exception as error:  # of zip, of pickle, of torch: half-written, or not torch's at all
-        message = f"{state_file} or a file beside it is not whole ({type(error).__name__}). {hint}"
-        raise Stop(message, USAGE) from None
-    refuse_unless(whole, f"{state_file} is not of this script. {hint}")
-    message = f"{state_file} and the weights beside it are not of one model. {hint}"
-    refuse_unless(of_this_model, message)
+        elements = trainer_state.elements(folder)
+        with_reference = trainer_state.read_numbers(folder)["with_reference"]
+    except Exception as error:  # of JSON, of pickle, of torch: half-written, or not torch's at all
+        raise Stop(f"{state} is not whole ({type(error).__name__}: {error}). {hint}", USAGE) from None
+    message = f"{state} and the weights beside it are not of one model. {hint}"
+    refuse_unless(elements["master"] == parameters, message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)
     message = f"--resume {folder} is of a run with --kl-coef. Give the same --kl-coef again"
     refuse_unless(with_kl or not with_reference, message)
-
-
-def load_trainer_state(file: Path) -> dict:
-    """What `Learner.save` wrote; tensors stay in the file until they are used."""
-    import torch
-
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def installed(*packages: str) -> dict[str, str]:
@@ -334,7 +324,7 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list
 
 
 def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Model]:
-    """Look at everything. Returns the configuration, with --dtype auto resolved, and the model.
+    """Look at everything. Returns the configuration, with --dtype and --trainer auto resolved, and the model.
 
     scratch: an empty folder that lives as long as the run. Raises Stop for the first thing that is not as needed.
     """
@@ -357,13 +347,19 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
         check_dtype(config, gpus[: config.num_gpus])
+
+        def check_memory(config: Config) -> None:
+            if own_ray and rehearsal:
+                check_host_memory(config, model.config, model.parameters, int(available_memory_mib() * 2**20))
+            elif own_ray:
+                check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
+
+        config, note = choose_trainer(config, model.architecture, model.can_shard, check_memory)
+        notes.append(note)
+        check_memory(config)
         if config.checkpoint:
             needed = checkpoint_bytes(config, model.parameters)
             check_room(Path(config.checkpoint).resolve().parent, needed, "--checkpoint")
-        if own_ray and rehearsal:
-            check_host_memory(config, model.config, model.parameters, int(available_memory_mib() * 2**20))
-        elif own_ray:
-            check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
         if rehearsal:
             kv_cache_bytes = rehearsal_kv_bytes(config, model.config)
             model = dataclasses.replace(model, rehearsal=True, kv_cache_bytes=kv_cache_bytes)

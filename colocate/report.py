@@ -155,9 +155,9 @@ class Report:
         return push
 
     def replicas_equal(self, weights: int, replicas: int) -> None:
-        """All weights were changed by noise, in all trainers alike."""
+        """All weights, or pieces of them, were changed by noise, in all replicas alike."""
         self.data["verify"]["replicas"] = {"ok": True, "checked": weights * replicas, "wrong": []}
-        self("train", f"{weights} weights changed by noise, {replicas} replicas bitwise identical")
+        self("train", f"{weights} tensors changed by noise, {replicas} replicas bitwise identical")
 
     def check(self, name: str, check: dict) -> None:
         """One check of the proof: {"ok", "checked", "wrong", ...}. If it failed, `proven` raises, after the others."""

@@ -272,10 +272,10 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 def compare(worker, messages: dict, digests: dict) -> dict:
     """Compare what arrived with what was sent, and every parameter element with what it must be.
 
-    digests: {weight: digest} by the trainer. Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"},
-    "placement": {"checked", "wrong", "padding", "processed", "unknown"}}; `checked` counts tensors and elements,
-    `wrong` names the tensors that differ (with the number of elements, for placement); the last three count
-    elements by parameter (see Layout).
+    digests: {weight, or piece of one: digest} by a replica's trainers (see `checks.weight_digests`).
+    Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"}, "placement": {"checked", "wrong", "padding",
+    "processed", "unknown"}}; `checked` counts tensors and elements, `wrong` names the tensors that differ (with the
+    number of elements, for placement); the last three count elements by parameter (see Layout).
     """
     gpu = device_uuid(worker.device)
     with open_pieces(messages, gpu, worker.device) as weights:
@@ -300,23 +300,24 @@ def compare(worker, messages: dict, digests: dict) -> dict:
 def compare_weights(
     model, layout: Layout, weights: dict[str, list[Piece]], digests: dict[str, str]
 ) -> tuple[list[str], int, dict[str, int]]:
-    """(weights that did not arrive as they were sent, parameter elements compared, {parameter: how many are wrong}).
+    """(pieces that did not arrive as they were sent, parameter elements compared, {parameter: how many are wrong}).
 
     One weight after the other, since one that is sharded is put together for this.
     """
-    regions: dict[str, list[Region]] = {name: [] for name in {**weights, **digests}}
+    regions: dict[str, list[Region]] = {name: [] for name in weights}
     for region in layout.regions:
         regions.setdefault(region.weight, []).append(region)
     parameters = {name: p.data for name, p in model.named_parameters()}
-    transport = []
+    arrived = {}
     checked = 0
     wrong = Counter()
     for name, belonging in regions.items():
-        weight = whole(weights[name]) if name in weights else None
-        if weight is None or digest(weight) != digests.get(name):
-            transport.append(name)
+        pieces = weights.get(name, [])
+        arrived |= {piece.named(name): digest(piece.tensor) for piece in pieces}
+        weight = whole(pieces) if pieces else None
         for region in (r for r in belonging if r.dst is not None):
             have = parameters[region.parameter][region.dst]
             checked += have.numel()
             wrong[region.parameter] += have.numel() if weight is None else differing(have, region.source(weight))
+    transport = [piece for piece in arrived.keys() | digests.keys() if arrived.get(piece) != digests.get(piece)]
     return transport, checked, dict(+wrong)

@@ -60,7 +60,7 @@ import sys
 import rlhf_colocate as rc
 
 class Keeps(rc.Colocation):
-    def save(self, folder, by="trainer 0"):
+    def save(self, folder, by=0):
         super().save(folder, by)
         half = folder.with_name("half")
         if not half.exists():

@@ -144,7 +144,7 @@ import rlhf_utils
 weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
 version = torch.tensor(3)
 rlhf_utils.share_memory([*weights.values(), version])
-trainer = types.SimpleNamespace(device=torch.device("cpu"), weights=weights, version=version)
+trainer = types.SimpleNamespace(device=torch.device("cpu"), weights=weights, readers=[], version=version)
 ((gpu, message),) = get_weight_ipc_handles(trainer).items()
 with rlhf_utils.open_handles(message, trainer.device) as found:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
@@ -177,7 +177,7 @@ cluster = types.SimpleNamespace(free_port=lambda: 1234, TRAINER_ENV={"env_vars":
 ray.init("local", num_gpus=2, num_cpus=4, include_dashboard=False, log_to_driver=False)
 group = placement_group([{"GPU": 1}] * 2)
 shares = {"trainer_gpu_share": 0.4, "engine_gpu_share": 0.4}
-config = types.SimpleNamespace(tensor_parallel_size=2, dtype="float32", seed=0, **shares)
+config = types.SimpleNamespace(tensor_parallel_size=2, dtype="float32", seed=0, trainer="replicated", **shares)
 model = types.SimpleNamespace(folder="model", load_format="dummy")
 mine = types.SimpleNamespace(config=config, model=model, group=group, checkpoint=None, engine_class=Engine)
 mine.trainer_class = Trainer

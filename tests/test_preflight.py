@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from running import deadline
 
-from colocate import checkpoint, checks, cluster
+from colocate import checkpoint, checks, cluster, trainer_state
 from colocate import config as cc
 from colocate import preflight as rp
 from colocate.config import MISSING, USAGE, Config, Lost, Stop
@@ -310,17 +310,17 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk):
     """It is named, in place of torch's "unexpected pos"; the checkpoint from before stays, the half one goes."""
     torch = pytest.importorskip("torch")
     (small_disk / "saved").mkdir()
-    (small_disk / "saved/trainer_state.pt").write_text("whole")
+    (small_disk / "saved/state.pt").write_text("whole")
     full = pytest.raises(Stop, match=f"the disk of {small_disk} is full")
     with full as stop, checkpoint.replacing(small_disk / "saved", []) as new:
         try:
-            torch.save(torch.zeros(2**20), new / "trainer_state.pt")
+            torch.save(torch.zeros(2**20), new / "state.pt")
         except RuntimeError as error:
             raise Stop(f"trainer 0 (save): {error}") from None
     assert "The checkpoint from before is whole" in str(stop.value)
     assert "unexpected pos" not in str(stop.value)
     assert [f.name for f in small_disk.iterdir()] == ["saved"]
-    assert (small_disk / "saved/trainer_state.pt").read_text() == "whole"
+    assert (small_disk / "saved/state.pt").read_text() == "whole"
 
 
 @pytest.mark.parametrize("error", [Lost({"trainer 0"}, "lost trainer 0", "checkpoint"), KeyboardInterrupt()])
@@ -347,16 +347,15 @@ def test_a_checkpoint_is_replaced_with_the_files_beside_it(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint's folder as far as `check_resume` looks at it; called with what is in its trainer_state.pt."""
+    """A checkpoint's folder as far as `check_resume` looks at it; called with what is in its trainer_state."""
 
-    def save(shape: int = 2, **state) -> str:
+    def save(shape: int = 2, **tensors) -> str:
         torch = pytest.importorskip("torch")
         (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
         header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        torch.save(
-            {"steps": 3, "masters": [torch.zeros(shape)], "optimizer": {}} | state, tmp_path / "trainer_state.pt"
-        )
+        numbers = {"with_reference": bool(tensors)}
+        trainer_state.write(tmp_path, {"master.w": torch.zeros(shape)} | tensors, numbers, None)
         return str(tmp_path)
 
     return save
@@ -369,18 +368,24 @@ def test_a_checkpoint_is_looked_at_before_anything_starts(saved, tmp_path):
         rp.check_resume(Config(resume=str(tmp_path), dtype="float32"), 2)
     with refused(USAGE, "Leave --kl-coef out"):
         rp.check_resume(Config(resume=str(tmp_path), kl_coef=0.1, **bf16), 2)
-    rp.check_resume(Config(resume=saved(reference={}), kl_coef=0.1, **bf16), 2)
+    torch = pytest.importorskip("torch")
+    rp.check_resume(Config(resume=saved(**{"reference.w": torch.zeros(2)}), kl_coef=0.1, **bf16), 2)
     with refused(USAGE, "Give the same --kl-coef again"):
         rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
     with refused(USAGE, "are not of one model"):
         rp.check_resume(Config(resume=saved(shape=3), **bf16), 2)
     saved()
-    state = tmp_path / "trainer_state.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    with refused(USAGE, "trainer_state.pt or a file beside it is not whole"):
+    (state,) = (tmp_path / "trainer_state").glob("*.distcp")
+    content = state.read_bytes()
+    state.write_bytes(content[:-100])
+    with refused(USAGE, f"trainer_state is not whole (ValueError: {state.name} is cut off)"):
         rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
-    state.unlink()
-    with refused(USAGE, "has no trainer_state.pt"):
+    state.write_bytes(content)
+    (tmp_path / "trainer_state/numbers.json").write_text('{"with')
+    with refused(USAGE, "trainer_state is not whole (JSONDecodeError"):
+        rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
+    shutil.rmtree(tmp_path / "trainer_state")
+    with refused(USAGE, "has no trainer_state"):
         rp.check_resume(Config(resume=str(tmp_path), **bf16), 2)
 
 
@@ -388,13 +393,14 @@ MOE = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from colocate import trainer_state
 sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 320}
 model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=torch.float32)
 folder = Path(sys.argv[1])
 model.save_pretrained(folder)
-state = {"steps": 1, "masters": [p.detach() for p in model.parameters()], "optimizer": {}}
-torch.save(state, folder / "trainer_state.pt")
+masters = {f"master.{name}": p.detach() for name, p in model.named_parameters()}
+trainer_state.write(folder, masters, {"with_reference": False}, None)
 """
 
 
@@ -403,7 +409,8 @@ def test_a_checkpoint_of_experts_can_be_resumed(tmp_path):
     from colocate.model_folder import check_model
 
     (tmp_path / "scratch").mkdir()
-    subprocess.run([sys.executable, "-c", MOE, str(tmp_path / "saved")], check=True, timeout=deadline(120))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", MOE, str(tmp_path / "saved")], check=True, timeout=deadline(120), env=env)
     config = Config(resume=str(tmp_path / "saved"), num_gpus=1, tensor_parallel_size=1)
     rp.check_resume(config, check_model(config, True, tmp_path / "scratch").parameters)
 

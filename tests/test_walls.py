@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 import rlhf_colocate as rc
-from colocate import cluster, fleet
+from colocate import cluster, fleet, sharding
 from colocate.config import FAIL, Config, Lost, Stop
 from colocate.memory import SleepLevel
 from colocate.report import Report
@@ -144,7 +144,8 @@ def bare(kind: type, **attributes):
 @pytest.fixture
 def trainer() -> rc.RayTrainingActor:
     torch = pytest.importorskip("torch")
-    made = bare(rc.RayTrainingActor, device=torch.device("cpu"), model=torch.nn.Linear(2, 2))
+    model = torch.nn.Linear(2, 2)
+    made = bare(rc.RayTrainingActor, device=torch.device("cpu"), model=model, held=sharding.Whole(model))
     made.version = torch.zeros((), dtype=torch.int64)
     return made
 
@@ -175,7 +176,8 @@ def test_a_replica_that_is_left_saves_whatever_its_rank(tmp_path):
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
-    survivor = bare(rc.RayTrainingActor, model=model, learner=SimpleNamespace(save=lambda folder: None))
+    saves = SimpleNamespace(save=lambda folder: None)
+    survivor = bare(rc.RayTrainingActor, model=model, held=sharding.Whole(model), learner=saves)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         survivor.save(str(tmp_path))
@@ -212,7 +214,8 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
         ask=ask,
         end=end,
     )
-    colocation.save = lambda folder, by: done.append(f"save {by}")
+    colocation.replicas = [["trainer 0"], ["trainer 1"]]
+    colocation.save = lambda folder, by: done.append(f"save {', '.join(colocation.replicas[by])}")
     colocation.start = lambda names: done.append(f"start {', '.join(names)}")
     colocation.restore = lambda: (3, {})
     colocation.recover(Lost(lost, "lost", "rollout"))

@@ -1,0 +1,324 @@
+"""Sharded trainers: FSDP2 on gloo against replicas, without vLLM; then two runs of the script."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT, TINY, Run, deadline, patience, shape
+
+from colocate import memory
+from colocate.config import USAGE, Config, Stop, check_layout
+
+WORLD = 4
+# {case: (family, trainers of a replica, options of Learner)}; with 0 none is sharded. Each case makes two steps.
+CASES = {
+    "qwen2 replicated": ("qwen2", 0, {"kl_coef": 0.1}),
+    "qwen2 4": ("qwen2", 4, {"kl_coef": 0.1}),
+    "qwen2 2": ("qwen2", 2, {"kl_coef": 0.1}),
+    "llama replicated": ("llama", 0, {}),
+    "llama 4": ("llama", 4, {"gradient_checkpointing": True}),
+    "llama 1": ("llama", 1, {}),
+    "opt replicated": ("opt", 0, {}),
+    "opt 2": ("opt", 2, {}),
+    "qwen3_moe replicated": ("qwen3_moe", 0, {}),
+    "qwen3_moe 4": ("qwen3_moe", 4, {}),
+    "llama-half replicated": ("llama-half", 0, {"kl_coef": 0.1}),
+    "llama-half 2": ("llama-half", 2, {"kl_coef": 0.1}),
+}
+# Those that save after the first step: {case: the replica that does}.
+SAVES = {"qwen2 2": 1, "qwen2 replicated": 2}
+# {case: (of which case's checkpoint it goes on, trainers of a replica)}: one step, which must be that case's second.
+RESUMES = {
+    "as it was": ("qwen2 2", 2),
+    "other shards": ("qwen2 2", 4),
+    "no shards": ("qwen2 2", 0),
+    "shards of a replica's": ("qwen2 replicated", 2),
+    "a replica's": ("qwen2 replicated", 0),
+}
+ALONE = {"one trainer": ("qwen2 2", 1)}
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 65}
+FAMILIES = {
+    "qwen2": {"num_key_value_heads": 2, "intermediate_size": 63, "tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 63},
+    "opt": {"ffn_dim": 63, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 1}
+    | {"moe_intermediate_size": 16, "intermediate_size": 32},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags, and what --trainer auto chooses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"shard_size": 3}, "--shard-size 3 does not divide 4 GPUs. Try: --shard-size 2"),
+        ({"shard_size": 8}, "--shard-size 8 does not divide 4 GPUs. Try: --shard-size 4"),
+        ({"shard_size": 0}, "--shard-size 0 must be at least 1"),
+        ({"trainer": "replicated", "shard_size": 2}, "--trainer replicated has no shards, and --shard-size is 2"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(settings, says):
+    with pytest.raises(Stop) as stop:
+        check_layout(Config(**settings))
+    assert stop.value.code == USAGE and says in str(stop.value)
+
+
+def choose(room: int, can_shard: bool = True, **settings) -> tuple[str, int, str]:
+    """(trainer, trainers of a replica, note), where so many bytes are free for a trainer of 100 parameters."""
+
+    def check(config: Config) -> None:
+        if memory.trainer_bytes(config, 100)[1] > room:
+            raise Stop("too large")
+
+    config, note = memory.choose_trainer(Config(dtype="bfloat16", **settings), "GPT", can_shard, check)
+    check_layout(config)
+    return config.trainer, config.replica_size, note
+
+
+def test_a_replica_is_as_small_as_memory_allows():
+    """A parameter takes 18 bytes. Replicas are no smaller than an engine, which would read more of another GPU's."""
+    eight = {"num_gpus": 8, "tensor_parallel_size": 2}
+    fits = "a whole replica with its optimizer fits beside an engine"
+    assert choose(1800, **eight) == ("replicated", 1, f"--trainer auto: replicated, as {fits}")
+    why = "the smallest that fits beside an engine, as a whole replica does not"
+    assert choose(1799, **eight) == ("fsdp", 2, f"--trainer auto: fsdp with --shard-size 2, {why}")
+    assert choose(899, **eight)[:2] == ("fsdp", 4)
+    assert choose(1, **eight)[:2] == ("fsdp", 8), "whose message says what is missing"
+    assert choose(1799, num_gpus=8, tensor_parallel_size=4)[:2] == ("fsdp", 4)
+    assert choose(9999, trainer="fsdp", **eight)[:2] == ("fsdp", 2)
+    assert choose(9999, shard_size=4, **eight) == ("fsdp", 4, "")
+    assert choose(1, trainer="replicated", **eight) == ("replicated", 1, "")
+    assert choose(1, num_gpus=1, tensor_parallel_size=1) == ("replicated", 1, "")
+    assert choose(9999, num_gpus=1, tensor_parallel_size=1, trainer="fsdp")[:2] == ("fsdp", 1)
+
+
+def test_a_model_whose_layers_are_not_found_is_not_sharded():
+    assert choose(1, can_shard=False)[:2] == ("replicated", 1)
+    for settings in ({"trainer": "fsdp"}, {"shard_size": 2}):
+        with pytest.raises(Stop, match=r"those of GPT were not found\. Try: --trainer replicated") as stop:
+            choose(1, can_shard=False, **settings)
+        assert stop.value.code == USAGE
+
+
+def test_bytes_per_parameter():
+    fsdp = Config(dtype="bfloat16", trainer="fsdp", shard_size=2)
+    replace = dataclasses.replace
+    assert memory.trainer_bytes(fsdp, 200) == (1400, 1800)
+    assert memory.trainer_bytes(replace(fsdp, offload_optimizer=True), 200) == (600, 1800), "masters stay"
+    assert memory.trainer_bytes(replace(fsdp, steps=0), 200) == (600, 600)
+    assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_of_a_model(family):
+    from colocate.sharding import decoder_layers
+
+    assert [type(layer).__name__.endswith("DecoderLayer") for layer in decoder_layers(model_of(family))] == [True] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_of(family: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    name, _, half = family.partition("-")
+    config = AutoConfig.for_model(name, **COMMON, **FAMILIES[name], initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half else torch.float32).eval()
+
+
+def samples_of() -> list[dict]:
+    """Seven, of unequal lengths: trainers need unequal numbers of micro-batches."""
+    found = []
+    for i in range(7):
+        ids = [(7 * i + 3 * j) % 65 for j in range(4 + i)]
+        logprobs = [-1.0 - (j % 5) for j in range(len(ids) - 2)]
+        found.append({"prompt": ids[:2], "tokens": ids[2:], "logprobs": logprobs, "advantage": (-1.0) ** i})
+    return found
+
+
+def learn(folder: Path, case: str, family: str, size: int, options: dict, start: str = "") -> None:
+    """Two steps, or one that goes on from the checkpoint of the case `start`. What this trainer has goes to a file."""
+    import torch
+
+    from colocate.learner import Learner
+    from colocate.sharding import Shard, Whole
+    from rlhf_utils import Piece, checkpoint_tensors
+
+    rank = torch.distributed.get_rank()
+    world = torch.distributed.get_world_size()
+    model = model_of(family)
+    held = Shard(model, size, torch.device("cpu")) if size else Whole(model)
+    common = {"learning_rate": 1e-3, "clip_range": 0.2, "kl_coef": 0.0, "offload": False, "micro_batch_size": 1}
+    learner = Learner(model, True, held=held, **common | options)
+    addresses = [w.data_ptr() for w in held.memory.values()]
+    if start:
+        learner.load(folder / start)
+    samples = samples_of()
+    total = sum(len(s["tokens"]) for s in samples)
+    rows = []
+    for step in range(learner.steps, 2):
+        rows.append(learner.step(samples[rank::world], total))
+        if step == 0 and SAVES.get(case) == rank // (size or 1):
+            (folder / case).mkdir(exist_ok=True)
+            learner.save(folder / case)
+            state = held.gather()
+            if state is not None:
+                model.should_save_on_this_rank = lambda is_main_process: True
+                model.save_pretrained(folder / case, state_dict=state)
+    assert addresses == [w.data_ptr() for w in held.memory.values()], "changed in place"
+    # What it computes with what it exports, which then is not what its optimizer has.
+    with torch.no_grad():
+        for tensor in held.memory.values():
+            tensor.mul_(1.5)
+        with held.computing_as_engines():
+            scaled = model(torch.tensor([samples[0]["prompt"]])).logits
+    learner.restore()
+    pieces = {}
+    for name, piece in checkpoint_tensors(model, held.memory):
+        piece = piece if isinstance(piece, Piece) else Piece.of(piece)
+        pieces[name] = (piece.tensor.clone(), piece.full, piece.start)
+    torch.save({"rows": rows, "scaled": scaled, "pieces": pieces}, folder / f"{case}-{rank}.pt")
+
+
+def trainer(folder: str, rank: int, world: int, port: int) -> None:
+    import torch
+
+    from colocate.learner import join_group
+
+    join_group(rank, [f"127.0.0.1:{port}"] * world, 120, torch.device("cpu"), sharded=True)
+    if world == WORLD:
+        for case, (family, size, options) in CASES.items():
+            learn(Path(folder), case, family, size, options)
+        torch.distributed.barrier()
+    for case, (start, size) in (RESUMES if world == WORLD else ALONE).items():
+        family, _, options = CASES[start]
+        learn(Path(folder), case, family, size, options, start)
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they have
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[dict]]:
+    """{case: what each trainer has}. "folder": where checkpoints are."""
+    import torch
+
+    from colocate.cluster import free_port
+
+    folder = tmp_path_factory.mktemp("sharding")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    for world in (WORLD, 1):
+        port = free_port()
+        call = "import sys, test_sharding; test_sharding.trainer(sys.argv[1], *map(int, sys.argv[2:]))"
+        command = [sys.executable, "-W", "ignore", "-c", call, str(folder)]
+        trainers = [subprocess.Popen([*command, str(rank), str(world), str(port)], env=env) for rank in range(world)]
+        assert [t.wait(timeout=deadline(240)) for t in trainers] == [0] * world
+    files = sorted(folder.glob("*.pt"))
+    result: dict = {"folder": folder}
+    for file in files:
+        result.setdefault(file.stem.rpartition("-")[0], []).append(torch.load(file))
+    return result
+
+
+def weights(trainers: list[dict]) -> dict:
+    """The weights that these trainers hold together."""
+    from rlhf_utils import Piece, whole
+
+    pieces: dict[str, list] = {}
+    for one in trainers:
+        for name, piece in one["pieces"].items():
+            pieces.setdefault(name, []).append(Piece(*piece))
+    return {name: whole(parts) for name, parts in pieces.items()}
+
+
+def distance(one: dict, other: dict) -> float:
+    """Between two models' weights: the largest distance of two tensors, as a part of how far two steps went.
+
+    Keys' biases are left out: their gradient is 0 but for rounding, of which AdamW makes whole steps.
+    """
+    assert one.keys() == other.keys()
+    names = [name for name in one if not name.endswith("k_proj.bias")]
+    return max(float((one[n] - other[n]).norm() / (2e-3 * one[n].numel() ** 0.5)) for n in names)
+
+
+@pytest.mark.parametrize("case", [case for case, (_, size, _) in CASES.items() if size])
+def test_sharded_trainers_step_as_replicas_do(found, case):
+    """Four trainers with unequal shards and unequal micro-batches; the gradient is clipped over all of them."""
+    import torch
+
+    family, size, _ = CASES[case]
+    expected = found[f"{family} replicated"]
+    for i, one in enumerate(found[case]):
+        for row, wanted in zip(one["rows"], expected[0]["rows"], strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        assert one["scaled"].dtype == expected[0]["scaled"].dtype
+        torch.testing.assert_close(one["scaled"], expected[0]["scaled"], rtol=0, atol=1e-2)
+        for name, (tensor, *_) in one["pieces"].items():
+            assert torch.equal(tensor, found[case][i % size]["pieces"][name][0]), "replicas are bitwise the same"
+    assert distance(weights(found[case][:size]), weights(expected[:1])) < 1e-2
+
+
+@pytest.mark.parametrize("case", [*RESUMES, *ALONE])
+def test_a_state_goes_on_in_other_shards_and_in_none(found, case):
+    """Saved by any replica. Bitwise where as many trainers make up a replica as when it was saved."""
+    start, size = (RESUMES | ALONE)[case]
+    went_on = found[start]
+    exactly = CASES[start][1] == size
+    for one in found[case]:
+        assert (
+            one["rows"] == [went_on[0]["rows"][1]]
+            if exactly
+            else one["rows"][0] == pytest.approx(went_on[0]["rows"][1], rel=1e-5, abs=1e-7)
+        )
+    apart = distance(weights(found[case][: size or 1]), weights(went_on[: CASES[start][1] or 1]))
+    assert apart == 0 if exactly else apart < 1e-2
+
+
+def test_the_checkpoint_of_shards_is_an_ordinary_one(found):
+    """Its files, and the values that the trainers had after the first step, when it was written."""
+    from transformers import AutoModelForCausalLM
+
+    by_shards, by_replicas = (
+        AutoModelForCausalLM.from_pretrained(found["folder"] / case).state_dict() for case in SAVES
+    )
+    assert json.loads((found["folder"] / "qwen2 2/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert distance(by_shards, by_replicas) < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+def test_replicas_of_shards_lose_a_trainer_and_go_on_in_other_shards(tmp_path):
+    """Four trainers in two replicas, and two engines of two ranks; then two trainers of the same state."""
+    checkpoint = tmp_path / "checkpoint"
+    output = tmp_path / "drills.json"
+    model = [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "8"]
+    command = [sys.executable, str(ROOT / "benchmarks/drills.py"), "kill-shard-of-set", "--output", str(output), *model]
+    command += ["--checkpoint", str(checkpoint), "--patience", f"{patience():.2f}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
+    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--shard-size", "1"]
+    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[3:], "--steps", "1").passed()
+    assert [row["step"] for row in report["steps"]] == [4]
+    assert report["steps"][0]["logprob_gap"] < 0.001
