@@ -252,8 +252,11 @@ class MyLLM:
 
 
 def sample_of(output, done) -> dict:
-    """{"prompt": [ids], "tokens": [ids], "logprobs": [nats, of tokens, the sampler's][, "prompt_logprobs"]}."""
+    """{"prompt": [ids], "tokens": [ids], "logprobs": [nats, of tokens, the sampler's], "truncated": by --max-tokens
+    [, "prompt_logprobs"]}.
+    """
     sample = {"prompt": list(output.prompt_token_ids), "tokens": list(done.token_ids)}
+    sample["truncated"] = done.finish_reason == "length"
     flat = done.logprobs  # vLLM's FlatLogprobs: of each position the token's own, then those of the likeliest
     sample["logprobs"] = [flat.logprobs[i] for i in flat.start_indices]
     if flat := output.prompt_logprobs:  # of all but the first
@@ -370,7 +373,7 @@ class Colocation:
         config = self.config
         return dict(
             model=str(self.model.folder),
-            skip_tokenizer_init=True,  # token ids in, token ids out: the task has the tokenizer
+            skip_tokenizer_init=not config.stop,  # token ids in, token ids out: the task has the tokenizer
             load_format=self.model.load_format,
             hf_overrides={"architectures": [self.model.architecture]},  # a config.json may lack it
             dtype=config.dtype,
@@ -598,14 +601,10 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
     stage = colocation.fleet.stage
     with stage("rollout"):
         prompts = task.prompts(step)
-        # YOURS: any argument of vllm.SamplingParams, but the loss wants log-probabilities at temperature 1.
-        sampling = {"n": config.group_size, "temperature": 1.0, "max_tokens": config.max_tokens}
-        sampling |= {"stop_token_ids": task.stop_token_ids}
-        samples = colocation.generate([p.token_ids for p in prompts], seed=task.seed(step), **sampling)
+        samples = colocation.generate([p.token_ids for p in prompts], seed=task.seed(step), **task.sampling())
     asleep = colocation.sleep(samples)
     with stage("reward"):
-        for i, sample in enumerate(samples):
-            sample["reward"] = task.reward(prompts[i // config.group_size], sample["tokens"])
+        task.score(prompts, samples)
         for sample, a in zip(samples, advantages([s["reward"] for s in samples], config.group_size), strict=True):
             sample["advantage"] = a
     with stage("sleep"):
@@ -673,6 +672,7 @@ def main(argv: list[str] | None = None, layout: type[Colocation] = Colocation) -
     with report.verdict(), cluster.temporary_folder() as folder:  # PASS, or what a Stop, Ctrl-C or an error says
         config, model = preflight(config, report, folder)
         task = Task(config, model, PROMPTS, reward)
+        report.notes(task.notes)
         with layout(config, model, report, folder) as colocation:
             run(colocation, task)
     return report.exit_code

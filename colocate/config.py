@@ -11,8 +11,9 @@ import dataclasses
 import math
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
-# Stages that wait for actors.
-STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint", "recover")
+# Stages that wait for other processes.
+STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "reward", "train", "wake", "checkpoint")
+STAGES += ("recover",)
 LONGEST_PROMPT = 48  # tokens, of those that stand in the script
 DEFAULT_MODEL = "facebook/opt-125m"
 
@@ -94,11 +95,31 @@ class Config:
         at_least=0,
     )
     prompts: str | None = flag(
-        None, 'file of prompts in place of the script\'s: a JSON object a line, with "prompt" and any other keys'
-    )
-    reward: str | None = flag(
         None,
-        "FILE.py:FUNCTION in place of the script's: called with (prompt, completion), and with row=, if it takes it",
+        "prompts in place of the script's: a file of JSON lines; or .json, .csv, .parquet or a dataset's folder, which "
+        "the library datasets reads",
+    )
+    prompt_column: str = flag("prompt", "column of --prompts with the prompt: text, or a list of chat messages")
+    split: str = flag("train", "split of --prompts, as datasets.load_dataset takes it: train[:90%%], for instance")
+    reward: tuple[str, ...] = flag(
+        (),
+        "FILE.py:FUNCTION in place of the script's: of (prompt, completion), and row=, if it takes it; or TRL's, of "
+        "(completions, **columns). May be given several times: the rewards add up",
+        action="append",
+    )
+    reward_weights: str | None = flag(None, "of several --reward, in their order: 1,0.5, for instance (default: all 1)")
+    reward_workers: int = flag(
+        1, "processes that --reward runs in; 0: in the driver, where one that hangs is never cut off", at_least=0
+    )
+    max_prompt_length: int | None = flag(
+        None, "tokens of a prompt of --prompts, at most (default: what --max-tokens leaves)", type=int, at_least=1
+    )
+    overlong: str = flag(
+        "error", "what becomes of longer prompts: 'error': the run ends; 'drop': left out", choices=("error", "drop")
+    )
+    system: str | None = flag(None, "system message of chats; a prompt that is text becomes a chat's first message")
+    stop: tuple[str, ...] = flag(
+        (), "string that ends a completion, which keeps it; may be given several times", action="append"
     )
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines", at_least=1)
     group_size: int = flag(8, "completions per prompt", at_least=1)
@@ -166,7 +187,15 @@ class Config:
     @property
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
-        return self.max_model_len - self.max_tokens if self.prompts else LONGEST_PROMPT
+        room = self.max_model_len - self.max_tokens
+        return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
+
+    @property
+    def weights_of_rewards(self) -> list[float]:
+        """One for each --reward. Raises ValueError for what is no number."""
+        if self.reward_weights is None:
+            return [1.0] * max(1, len(self.reward))
+        return [float(text) for text in self.reward_weights.split(",")]
 
     @property
     def learner_options(self) -> dict:
@@ -196,10 +225,14 @@ class Config:
             if isinstance(f.default, bool):
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
                 continue
+            if action := f.metadata.get("action"):
+                parser.add_argument(name, action=action, default=[*f.default], help=text)
+                continue
             kind = f.metadata.get("type") or (str if f.default is None else type(f.default))
             text += "" if f.default is None else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
-        return Config(**vars(parser.parse_args(argv)))
+        given = vars(parser.parse_args(argv))
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def check_range(config: Config) -> None:
@@ -207,9 +240,10 @@ def check_range(config: Config) -> None:
     for f in dataclasses.fields(config):
         name = "--" + f.name.replace("_", "-")
         value = getattr(config, f.name)
-        if isinstance(value, str):
-            refuse_unless(bool(value.strip()), f"{name} has an empty value. Give it one, or leave {name} out")
-        if value is None or isinstance(value, (str, bool)):
+        for text in value if isinstance(value, tuple) else [value]:
+            empty = isinstance(text, str) and not text.strip()
+            refuse_unless(not empty, f"{name} has an empty value. Give it one, or leave {name} out")
+        if value is None or isinstance(value, (str, bool, tuple)):
             continue
         limits = {
             f"at least {f.metadata.get('at_least')}": value >= f.metadata.get("at_least", value),
@@ -258,6 +292,19 @@ def stage_timeouts(config: Config) -> dict[str, float]:
     return limits
 
 
+def check_rewards(config: Config) -> None:
+    """Raise Stop(USAGE) for --reward-weights that are not one finite number for each --reward."""
+    if config.reward_weights is None:
+        return
+    count = len(config.reward)
+    weights = []
+    with contextlib.suppress(ValueError):
+        weights = [weight for weight in config.weights_of_rewards if math.isfinite(weight)]
+    found = f"--reward-weights {config.reward_weights} is not a number for each of {count} --reward"
+    fix = f"Try: --reward-weights {','.join(['1'] * count)}" if count else "Leave it out"
+    refuse_unless(0 < len(weights) == count, f"{found}. {fix}")
+
+
 def check_loop(config: Config) -> None:
     """Raise Stop(USAGE) for an RLHF loop that cannot run, and for flags that do not go together."""
     # Those of --prompts are measured later, with the tokenizer.
@@ -272,6 +319,7 @@ def check_loop(config: Config) -> None:
     every = config.checkpoint_every
     message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
     refuse_unless(bool(config.checkpoint) or not every, message)
+    check_rewards(config)
     if not config.steps:
         # What only sets how a step is done may stay. These would be asked for in vain.
         flags = [f"--{name}" for name in ("checkpoint", "metrics", "plot", "reward") if getattr(config, name)]

@@ -373,7 +373,6 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
     report("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
     if rehearsal:
         report("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
-    for note in filter(None, notes):
-        report("preflight", note)
+    report.notes([*filter(None, notes)])
     report.settings(config)
     return config, model

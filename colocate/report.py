@@ -108,8 +108,12 @@ class Report:
         """The flags, with --dtype auto resolved. Of absolute paths the name alone: the file may be published."""
         self.config = config
         settings = dataclasses.asdict(config)
-        paths = {k: v for k, v in settings.items() if isinstance(v, str) and "/" in v and Path(v).is_absolute()}
-        self.data["config"] = settings | {k: Path(v).name for k, v in paths.items()}
+        self.data["config"] = {name: published(value) for name, value in settings.items()}
+
+    def notes(self, notes: list[str]) -> None:
+        """What preflight has found that does not end the run."""
+        for note in notes:
+            self("preflight", note)
 
     def placement(self, rows: list[dict]) -> None:
         """Rows of `cluster.match_placement`. The first start's are told; a recovery lands on the same GPUs."""
@@ -216,6 +220,7 @@ class Report:
         tokens = sum(len(s["tokens"]) for s in samples)
         row = {"step": step, "reward": sum(rewards) / len(rewards), "tokens": tokens}
         row |= {"tokens_per_s": tokens / self.step_seconds["rollout"], "push_ms": self.push_ms}
+        row |= means_of_rewards(samples)
         row |= {"gpu_used_gib": gpu_used_gib, "best": text(max(samples, key=lambda s: s["reward"])["tokens"])}
         self.rollout = row
 
@@ -376,9 +381,22 @@ def summary(wrong) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
+def published(value: object) -> object:
+    """A flag's value, of absolute paths the name alone."""
+    if isinstance(value, tuple):
+        return [published(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def shorten(text: str) -> str:
     """At most a hundred characters of it."""
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def short(value: object) -> str:
+    """In one line of at most 100 characters; strings in quotes."""
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    return shorten(" ".join(text.split()))
 
 
 def describe(name: str, check: dict) -> str:
@@ -399,6 +417,16 @@ def describe(name: str, check: dict) -> str:
         text += f", {sum(unknown.values())} elements of {len(names)} parameters ({summary(names)}) are not known to "
         text += "the layout and were not compared: vLLM's loaders wrote each exactly once"
     return text
+
+
+def means_of_rewards(samples: list[dict]) -> dict:
+    """{"rewards": {function: mean of what it said}} where there are several."""
+    said: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.get("rewards", {}).items():
+            said.setdefault(name, []).extend([] if value is None else [value])
+    means = {name: sum(values) / len(values) for name, values in said.items() if values}
+    return {"rewards": means} if said else {}
 
 
 def describe_step(row: dict, last: int) -> str:
