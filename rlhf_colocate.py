@@ -386,6 +386,7 @@ class Colocation:
             max_num_seqs=memory.max_num_seqs(config, self.model.rehearsal),
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=True,
+            logprobs_mode="raw_logprobs" if config.temperature == 1 else "processed_logprobs",  # the trainers', too
             enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.model.rehearsal,
             seed=config.seed,
         )
@@ -444,8 +445,10 @@ class Colocation:
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
+        from colocate.grpo import learned_tokens
+
         n = len(self.trainers)
-        tokens = sum(len(s["tokens"]) for s in samples)
+        tokens = max(1, learned_tokens(samples))
         self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
         emptied = self.fleet.begin(self.engines, "reset_prefix_cache")
@@ -594,7 +597,7 @@ def compare_elements(colocation: Colocation) -> dict[str, dict]:
 
 def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> None:
     """Rollout, reward while engines fall asleep, train; compare: its replicas. It leaves engines one version behind."""
-    from colocate.grpo import advantages
+    from colocate.grpo import credit
 
     config = colocation.config
     report = colocation.report
@@ -605,8 +608,7 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
     asleep = colocation.sleep(samples)
     with stage("reward"):
         task.score(prompts, samples)
-        for sample, a in zip(samples, advantages([s["reward"] for s in samples], config.group_size), strict=True):
-            sample["advantage"] = a
+        credit(samples, config)
     with stage("sleep"):
         report.sampled(step, samples, task.text, colocation.sleep_level.note(asleep()))
     with stage("train"):

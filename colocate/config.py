@@ -126,7 +126,46 @@ class Config:
     learning_rate: float | None = flag(
         None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float, at_least=0
     )
-    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability", above=0)
+    temperature: float = flag(1.0, "of the sampler; the trainers divide their logits by it, too", above=0)
+    top_p: float = flag(
+        1.0, "the sampler takes the likeliest tokens up to this probability (1: all)", above=0, at_most=1
+    )
+    top_k: int = flag(0, "the sampler takes so many of the likeliest tokens (0: all)", at_least=0)
+    num_iterations: int = flag(1, "optimizer steps on the same rollout", at_least=1)
+    loss_type: str = flag(
+        "dapo",
+        "mean over 'dapo': all tokens; 'grpo': completions, of their means; 'dr_grpo': completions, of their sums / "
+        "--max-tokens",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    scale_rewards: str = flag(
+        "group",
+        "advantages are divided by the rewards' deviation in the group, in the batch, or by 1",
+        choices=("group", "batch", "none"),
+    )
+    epsilon: float = flag(0.2, "clip of the ratio of new to sampler's probability, downwards", above=0)
+    epsilon_high: float | None = flag(None, "the same, upwards (default: --epsilon)", type=float, above=0)
+    correction: str = flag(
+        "none",
+        "for the mismatch of sampler and trainer, by the trainer's log-probabilities of before the step, one forward "
+        "pass more: factors up to a cap for each 'token', or each 'sequence', or 'sequence_mask': 0 above it; 'none': "
+        "the loss has its ratio to the sampler",
+        choices=("none", "token", "sequence", "sequence_mask"),
+    )
+    correction_cap: float = flag(3.0, "largest factor of --correction", above=0)
+    mask_truncated_completions: bool = flag(False, "do not learn from completions that --max-tokens has cut off")
+    weight_decay: float = flag(0.0, "of AdamW, on all weights", at_least=0)
+    max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm (0: never)", at_least=0)
+    lr_scheduler: str = flag(
+        "constant", "how the learning rate goes on after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = flag(0, "RLHF steps in which the learning rate rises to its full value", at_least=0)
+    scheduled_steps: int | None = flag(
+        None,
+        "after so many RLHF steps, of all runs, a linear or cosine rate is 0 (default: --steps)",
+        type=int,
+        at_least=1,
+    )
     kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
     tokens_per_micro_batch: int | None = flag(
         None,
@@ -200,9 +239,11 @@ class Config:
     @property
     def learner_options(self) -> dict:
         """Keywords of colocate.learner.Learner."""
-        names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
-        options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
-        return options | {"offload": self.offload_optimizer}
+        names = ["learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler", "warmup_steps", "num_iterations"]
+        names += ["epsilon", "epsilon_high", "temperature", "kl_coef", "correction", "correction_cap"]
+        names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
+        options = {name: getattr(self, name) for name in names}
+        return options | {"offload": self.offload_optimizer, "scheduled_steps": self.scheduled_steps or self.steps}
 
     def saves_after(self, step: int, last: int) -> bool:
         """Whether a checkpoint is written after this RLHF step; `last` ends the run."""
@@ -316,6 +357,9 @@ def check_loop(config: Config) -> None:
     if config.resume:
         refuse_unless(config.model is None, "--resume brings its own model. Leave --model out")
         refuse_unless(config.load_format != "dummy", "--resume reads its weights from files. Leave --load-format out")
+        decays = config.lr_scheduler != "constant" and config.scheduled_steps is None
+        message = f"--resume with --lr-scheduler {config.lr_scheduler} must know where it ends, of all runs' steps"
+        refuse_unless(not decays, f"{message}. Try: --scheduled-steps with their sum")
     every = config.checkpoint_every
     message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
     refuse_unless(bool(config.checkpoint) or not every, message)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from colocate.attention import VARLEN
-from colocate.grpo import Batch, collate, grpo_loss, micro_batches
+from colocate.grpo import MISMATCH, Batch, collate, correct, grpo_loss, learned_tokens, micro_batches, mismatch
 from colocate.logprobs import (
     CHUNK_BYTES,
     checkpoint_layers,
@@ -71,14 +71,27 @@ class Learner:
         random_weights: bool = False,
         *,
         learning_rate: float | None,
-        clip_range: float,
+        epsilon: float,
         kl_coef: float,
         offload: bool,
         tokens_per_micro_batch: int | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
+        epsilon_high: float | None = None,
+        temperature: float = 1.0,
+        num_iterations: int = 1,
+        correction: str = "none",
+        correction_cap: float = 3.0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        lr_scheduler: str = "constant",
+        warmup_steps: int = 0,
+        scheduled_steps: int = 0,
     ):
         """learning_rate: None for the default. kl_coef: above 0 it keeps a copy of the model as it is now.
+
+        temperature: of the sampler, whose log-probabilities have it in them. num_iterations: optimizer steps on the
+        same samples. correction: see `grpo.correct`. lr_scheduler, ...: see `learning_rate_factor`.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
         sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
@@ -86,7 +99,14 @@ class Learner:
         """
         self.model = model
         self.offload = offload
-        self.clip_range = clip_range
+        self.epsilon = epsilon
+        self.epsilon_high = epsilon_high
+        self.temperature = temperature
+        self.num_iterations = num_iterations
+        self.correction = correction
+        self.correction_cap = correction_cap
+        self.max_grad_norm = max_grad_norm
+        self.schedule = (lr_scheduler, warmup_steps, scheduled_steps)
         self.kl_coef = kl_coef
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.micro_batch_size = micro_batch_size
@@ -103,8 +123,9 @@ class Learner:
         self.masters = [p.detach().float().clone() for p in self.parameters]
         if learning_rate is None:
             learning_rate = default_learning_rate(model, random_weights)
-        options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+        options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.masters, **options)
+        self.optimizer.param_groups[0]["initial_lr"] = learning_rate
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         self._move_between_steps()
@@ -116,11 +137,38 @@ class Learner:
         return f"{attention} attention, {self.route}, {size}"
 
     def step(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
-        """One optimizer step on all replicas' samples; these are this replica's. total_tokens: of all completions.
+        """num_iterations optimizer steps on all replicas' samples; these are this replica's. total_tokens: of all.
 
-        Returns {"loss", "grad_norm", "logprob_gap", "ratio", "clipped"[, "kl"]}: means over all tokens, the same on
-        every replica. Raises ValueError, with the weights untouched, if the gradient is not finite.
+        Returns {"loss", "grad_norm", "logprob_gap", "ratio", "effective", "sampler_kl", "worst_token", "masked",
+        "clipped"[, "kl"]}: means over all tokens, the same on every replica; of the last optimizer step, but of the
+        first what tells trainer and sampler apart: "effective" is the effective sample size, (sum r)^2 / sum r^2 with
+        the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
+        weights untouched, if the gradient is not finite.
         """
+        if self.correction != "none":
+            self._correct(samples)
+        first = self._optimize(samples, total_tokens)
+        last = first
+        for _ in range(1, self.num_iterations):
+            last = self._optimize(samples, total_tokens)
+        of_sampler = {*MISMATCH, "effective", "worst_token"}
+        self.steps += 1
+        self.metrics = last | {name: first[name] for name in first if name in of_sampler}
+        return self.metrics
+
+    def _correct(self, samples: list[dict]) -> None:
+        """Look up the trainer's own log-probabilities before the step: one forward pass more."""
+        if self.tokens_per_micro_batch is None:
+            self.tokens_per_micro_batch = self._fitting_tokens()
+        packed = self.route.packed
+        for part in micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed):
+            found_N = logprobs_of(self.model, collate(part, self.device, packed), self.route, self.temperature)
+            counts = [learned_tokens([sample]) for sample in part]
+            for sample, old in zip(part, found_N.cpu().split(counts), strict=True):
+                correct(sample, old.tolist(), self.correction, self.correction_cap)
+
+    def _optimize(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
+        """One optimizer step. Returns its metrics."""
         self._reserve_workspace()
         self._move(self.device)
         sizes = [p.numel() for p in self.parameters]
@@ -128,24 +176,28 @@ class Learner:
         for master, part in zip(self.masters, gradient.split(sizes), strict=True):
             master.grad = part.view(master.shape)
         totals = self._add_gradients(samples, total_tokens)
+        worst = totals.pop("worst_token")
         numbers = torch.stack([totals[name] for name in sorted(totals)])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(numbers)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or math.inf))
+        metrics = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
         if math.isfinite(norm):
+            group = self.optimizer.param_groups[0]
+            group["lr"] = group["initial_lr"] * learning_rate_factor(self.steps, *self.schedule)
             self.optimizer.step()
             self.restore()
-            self.steps += 1
-            means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
-            self.metrics = means | {"grad_norm": norm}
+            metrics |= {"grad_norm": norm, "worst_token": float(worst), "learning_rate": group["lr"]}
+            metrics["effective"] = metrics["ratio"] ** 2 / max(metrics.pop("ratio_squared"), 1e-30)
         self.optimizer.zero_grad(set_to_none=True)
         del gradient, part  # before unused memory is given back
         self.workspace = self._move_between_steps()
         if not math.isfinite(norm):
             fix = "Check the rewards, or try a smaller --learning-rate"
             raise ValueError(f"the step has a gradient norm of {norm}, so the weights were left unchanged. {fix}")
-        return self.metrics
+        return metrics
 
     def _add_gradients(self, samples: list[dict], total_tokens: int) -> dict[str, torch.Tensor]:
         """Forward and backward passes of all micro-batches. Returns float64 sums over their tokens, for the metrics."""
@@ -169,17 +221,22 @@ class Learner:
         whole_NH = states(self.model, batch, self.route)
         n = chunk_tokens(self.model)
         chunks = [chunk.detach().requires_grad_() for chunk in whole_NH.split(n)]
-        columns = [batch.targets_N.split(n), batch.sampler_N.split(n), batch.advantage_N.split(n)]
+        of_batch = (batch.targets_N, batch.sampler_N, batch.old_N, batch.advantage_N, batch.weight_N)
         references = [None] * len(chunks)
         if self.reference:
-            references = logprobs_of(self.reference, batch, self.route).split(n)
-        for states_nH, targets_n, sampler_n, advantage_n, reference_n in zip(chunks, *columns, references, strict=True):
-            logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route)
-            rest = (total_tokens, self.clip_range, reference_n, self.kl_coef)
-            loss, sums = grpo_loss(logprobs_n, sampler_n, advantage_n, *rest)
+            references = logprobs_of(self.reference, batch, self.route, self.temperature).split(n)
+        columns = [chunks, *(column_N.split(n) for column_N in of_batch), references]
+        for states_nH, targets_n, sampler_n, old_n, advantage_n, weight_n, reference_n in zip(*columns, strict=True):
+            logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route, self.temperature)
+            rest = (total_tokens, self.epsilon, reference_n, self.kl_coef)
+            options = {"epsilon_high": self.epsilon_high, "weight_N": weight_n}
+            loss, sums = grpo_loss(logprobs_n, old_n, advantage_n, *rest, **options)
             loss.backward()
-            for name, value in (sums | {"loss": loss.detach() * total_tokens}).items():
+            sums |= mismatch(logprobs_n, sampler_n) | {"loss": loss.detach() * total_tokens}
+            for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.double()
+            worst = torch.cat([(logprobs_n - sampler_n).detach().abs().double(), totals["loss"].new_zeros(1)]).max()
+            totals["worst_token"] = torch.maximum(worst, totals.get("worst_token", worst))
         whole_NH.backward(torch.cat([chunk.grad for chunk in chunks]))
 
     def _fitting_tokens(self) -> int:
@@ -241,8 +298,8 @@ class Learner:
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        if learning_rate is not None:
-            self.optimizer.param_groups[0]["lr"] = learning_rate
+        group = self.optimizer.param_groups[0]
+        group["initial_lr"] = group.get("initial_lr", group["lr"]) if learning_rate is None else learning_rate
         self.steps = state["steps"]
         self.metrics = state.get("metrics", {})
         if self.reference:
@@ -269,6 +326,19 @@ class Learner:
         for state in self.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(device)
+
+
+def learning_rate_factor(step: int, kind: str, warmup_steps: int, scheduled_steps: int) -> float:
+    """Of the learning rate in the step after so many: it rises linearly in the warm-up, then it is as `kind` says.
+
+    "constant": 1; "linear", "cosine": down to 0 after scheduled_steps, of which the warm-up is a part.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, scheduled_steps - warmup_steps))
+    return 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def move_gradient(parameter: torch.nn.Parameter, master: torch.Tensor) -> None:

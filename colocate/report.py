@@ -220,7 +220,7 @@ class Report:
         tokens = sum(len(s["tokens"]) for s in samples)
         row = {"step": step, "reward": sum(rewards) / len(rewards), "tokens": tokens}
         row |= {"tokens_per_s": tokens / self.step_seconds["rollout"], "push_ms": self.push_ms}
-        row |= means_of_rewards(samples)
+        row |= means_of_rewards(samples) | {"equal_groups": equal_groups(rewards, self.config.group_size)}
         row |= {"gpu_used_gib": gpu_used_gib, "best": text(max(samples, key=lambda s: s["reward"])["tokens"])}
         self.rollout = row
 
@@ -419,6 +419,12 @@ def describe(name: str, check: dict) -> str:
     return text
 
 
+def equal_groups(rewards: list[float], group_size: int) -> int:
+    """How many groups have equal rewards: they teach nothing."""
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    return sum(min(group) == max(group) for group in groups)
+
+
 def means_of_rewards(samples: list[dict]) -> dict:
     """{"rewards": {function: mean of what it said}} where there are several."""
     said: dict[str, list[float]] = {}
@@ -432,6 +438,8 @@ def means_of_rewards(samples: list[dict]) -> dict:
 def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
     numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "grad_norm", "kl", "ratio") if k in row)
+    if row.get("equal_groups"):
+        numbers += f" equal groups {row['equal_groups']}"
     seconds = row["seconds"]
     times = " ".join(f"{k} {seconds[k]:.2f}" for k in ("rollout", "sleep", "train"))
     wake = seconds.get("wake", 0) + seconds.get("wake KV", 0)

@@ -127,7 +127,8 @@ class Task:
     def sampling(self) -> dict:
         """Of a rollout: arguments of vllm.SamplingParams."""
         config = self.config
-        options = {"n": config.group_size, "temperature": 1.0, "max_tokens": config.max_tokens}
+        options = {"n": config.group_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
+        options |= {"top_p": config.top_p, "top_k": config.top_k}
         options |= {"stop_token_ids": self.stop_token_ids}
         if config.stop:  # strings, which the engine can only find in text
             options |= {"stop": list(config.stop), "detokenize": True}

@@ -216,7 +216,7 @@ def test_no_nvidia_smi_is_no_gpu(tmp_path, monkeypatch):
         {"timeout": math.inf},
         {"kl_coef": math.nan},
         {"learning_rate": math.inf},
-        {"clip_range": 0.0},
+        {"epsilon": 0.0},
         {"logprob_tolerance": -0.1},
         {"engine_gpu_share": 0.0},
         {"gpu_memory_utilization": 1.0},

@@ -348,6 +348,8 @@ def test_strings_that_stop_are_found_by_the_engine(model):
     assert task(model).sampling() == {
         "n": 8,
         "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
         "max_tokens": 16,
         "stop_token_ids": [task(model).tokenizer.eos_token_id],
     }
