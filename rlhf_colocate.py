@@ -37,6 +37,7 @@ from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
 from colocate.preflight import check_shared_memory, preflight
 from colocate.report import Report
+from colocate.rewards import TaskError
 from colocate.signals import interrupts_deferred
 from colocate.tasks import Task
 
@@ -369,9 +370,9 @@ class Colocation:
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
 
     def engine_args(self) -> dict:
-        """Of vllm.LLM. YOURS: what is not here. The rest has a flag, which is checked, or must stay for the push."""
+        """Of vllm.LLM. YOURS: what is not here, or --engine-args. The rest has a flag, or must stay for the push."""
         config = self.config
-        return dict(
+        return config.more_engine_args | dict(
             model=str(self.model.folder),
             skip_tokenizer_init=not config.stop,  # token ids in, token ids out: the task has the tokenizer
             load_format=self.model.load_format,
@@ -604,7 +605,7 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
     stage = colocation.fleet.stage
     with stage("rollout"):
         prompts = task.prompts(step)
-        samples = colocation.generate([p.token_ids for p in prompts], seed=task.seed(step), **task.sampling())
+        samples = task.rollout(colocation.generate, prompts, seed=task.seed(step))
     asleep = colocation.sleep(samples)
     with stage("reward"):
         task.score(prompts, samples)
@@ -617,6 +618,16 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
         with stage("verify"):
             metrics |= colocation.compare_replicas()
     report.step(colocation.version, metrics)  # raises Stop if trainers and sampler do not agree
+
+
+def evaluate(colocation: Colocation, task: Task, step: int) -> None:
+    """Answer --eval-prompts greedily, and reward the answers; --save-best keeps the best weights."""
+    with colocation.fleet.stage("eval"):
+        samples = task.rollout(colocation.generate, task.held_out, n=1, temperature=0.0)
+        task.score(task.held_out, samples)
+    if colocation.report.evaluated(step, samples, task.text) and colocation.config.save_best:
+        with colocation.fleet.stage("checkpoint"):
+            colocation.save(Path(colocation.config.save_best))
 
 
 def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
@@ -644,6 +655,8 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
             if done >= first and config.saves_after(done, last):
                 with stage("checkpoint"):
                     colocation.save(Path(config.checkpoint))
+            if config.evaluates_after(done, first, last):
+                evaluate(colocation, task, done)
             if done == last:
                 with stage("rollout"):
                     after = every_engine_answers(colocation, task)
@@ -656,6 +669,11 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
             restarts += 1
             require_restart(loss, restarts, config.max_restarts)
             lost = loss
+        except TaskError:  # the trainers have done all steps before this one
+            if config.checkpoint and done >= first:
+                with stage("checkpoint"):
+                    colocation.save(Path(config.checkpoint))
+            raise
 
 
 def run(colocation: Colocation, task: Task) -> None:

@@ -8,13 +8,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import json
 import math
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 # Stages that wait for other processes.
 STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "reward", "train", "wake", "checkpoint")
-STAGES += ("recover",)
+STAGES += ("recover", "eval")
 LONGEST_PROMPT = 48  # tokens, of those that stand in the script
+# Arguments of vllm.LLM that --engine-args must leave alone, and the flags that set them; "": the layout and the push.
+OWN_ENGINE_ARGS = {
+    "model": "--model",
+    "skip_tokenizer_init": "",
+    "load_format": "--load-format",
+    "hf_overrides": "",
+    "dtype": "--dtype",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "distributed_executor_backend": "",
+    "worker_extension_cls": "",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "kv_cache_memory_bytes": "",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "enforce_eager": "--enforce-eager",
+    "enable_prefix_caching": "",
+    "logprobs_mode": "--temperature",
+    "enable_sleep_mode": "--sleep-level",
+    "seed": "--seed",
+}
 DEFAULT_MODEL = "facebook/opt-125m"
 
 
@@ -82,6 +104,10 @@ class Config:
         "auto", "'dummy': read no weights, start from seeded random ones", choices=("auto", "dummy")
     )
     max_model_len: int = flag(512, "context length, tokens", at_least=1)
+    max_num_seqs: int | None = flag(
+        None, "sequences at a time in an engine (default: a step's, from 64 to 256)", type=int, at_least=1
+    )
+    engine_args: str = flag("{}", "any other arguments of vllm.LLM, as a JSON object")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
     push: str = flag(
         "recorded",
@@ -91,7 +117,7 @@ class Config:
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
     steps: int = flag(
         12,
-        "RLHF steps after the proof of the push; 0: the proof alone, without --checkpoint, --metrics, --plot, --reward",
+        "RLHF steps after the proof of the push; 0: the proof alone, without --checkpoint, --metrics, --reward, ...",
         at_least=0,
     )
     prompts: str | None = flag(
@@ -121,6 +147,17 @@ class Config:
     stop: tuple[str, ...] = flag(
         (), "string that ends a completion, which keeps it; may be given several times", action="append"
     )
+    rollout: str | None = flag(
+        None,
+        "FILE.py:FUNCTION that makes the samples of a step, for several turns or tools: of (generate, prompts, task); "
+        "see docs/task.md",
+    )
+    eval_prompts: str | None = flag(
+        None, "prompts to be answered greedily and rewarded, before, during and after the loop; a file as of --prompts"
+    )
+    eval_split: str = flag("train", "the same as --split, of --eval-prompts")
+    eval_every: int = flag(0, "evaluate after every so many RLHF steps, too (0: only before and after)", at_least=0)
+    save_best: str | None = flag(None, "write a checkpoint of the best evaluation to this folder")
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines", at_least=1)
     group_size: int = flag(8, "completions per prompt", at_least=1)
     learning_rate: float | None = flag(
@@ -205,6 +242,9 @@ class Config:
         None, "append a JSON line per RLHF step to this file, and one per loss: steps after it replace older lines"
     )
     plot: str | None = flag(None, "draw reward and time per stage into this PNG, by step (needs matplotlib)")
+    report_to: str | None = flag(
+        None, "send the metrics to these, too, each by its own library, offline as well: tensorboard,wandb,trackio"
+    )
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
     checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)", at_least=0)
@@ -230,6 +270,11 @@ class Config:
         return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
 
     @property
+    def more_engine_args(self) -> dict:
+        """Of --engine-args. Raises ValueError for what is no JSON."""
+        return json.loads(self.engine_args)
+
+    @property
     def weights_of_rewards(self) -> list[float]:
         """One for each --reward. Raises ValueError for what is no number."""
         if self.reward_weights is None:
@@ -249,9 +294,15 @@ class Config:
         """Whether a checkpoint is written after this RLHF step; `last` ends the run."""
         return bool(self.checkpoint) and (step == last or step % (self.checkpoint_every or last) == 0)
 
+    def evaluates_after(self, step: int, first: int, last: int) -> bool:
+        """Whether --eval-prompts are asked after this RLHF step; `first` and `last` are this run's."""
+        every = bool(self.eval_every) and step % self.eval_every == 0
+        return bool(self.eval_prompts) and (step in (first - 1, last) or every)
+
     def compares_after(self, step: int, first: int, last: int) -> bool:
         """Whether the trainers' weights are compared after this RLHF step; `first` and `last` are this run's."""
-        if step in (first, last) or self.saves_after(step, last):
+        saves_best = bool(self.save_best) and self.evaluates_after(step, first, last)
+        if step in (first, last) or self.saves_after(step, last) or saves_best:
             return True
         return self.num_gpus > 1 and bool(self.check_replicas_every) and step % self.check_replicas_every == 0
 
@@ -346,6 +397,25 @@ def check_rewards(config: Config) -> None:
     refuse_unless(0 < len(weights) == count, f"{found}. {fix}")
 
 
+def check_engine_args(config: Config, known: set[str]) -> None:
+    """Raise Stop(USAGE) for --engine-args that are no JSON object, or have names that vllm.LLM does not know, or ours.
+
+    known: names of vLLM's arguments.
+    """
+    given = None
+    with contextlib.suppress(ValueError):
+        given = config.more_engine_args
+    example = """Try: --engine-args '{"block_size": 32}'"""
+    refuse_unless(isinstance(given, dict), f"--engine-args {config.engine_args} is no JSON object. {example}")
+    for name in given:
+        flag = OWN_ENGINE_ARGS.get(name)
+        fix = f"Try: {flag}" if flag else "Leave it out: the layout and the push need it as it is"
+        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which this script sets. {fix}")
+        near = difflib.get_close_matches(name, known, 1, 0)
+        fix = f"Did you mean {near[0]}?" if near else "Leave it out"
+        refuse_unless(name in known, f"--engine-args has {name}, which vLLM does not know. {fix}")
+
+
 def check_loop(config: Config) -> None:
     """Raise Stop(USAGE) for an RLHF loop that cannot run, and for flags that do not go together."""
     # Those of --prompts are measured later, with the tokenizer.
@@ -363,10 +433,15 @@ def check_loop(config: Config) -> None:
     every = config.checkpoint_every
     message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
     refuse_unless(bool(config.checkpoint) or not every, message)
+    for name in ("eval_every", "save_best"):
+        flag = "--" + name.replace("_", "-")
+        message = f"{flag} needs prompts to evaluate with. Try: --eval-prompts FILE.jsonl"
+        refuse_unless(bool(config.eval_prompts) or not getattr(config, name), message)
     check_rewards(config)
     if not config.steps:
         # What only sets how a step is done may stay. These would be asked for in vain.
-        flags = [f"--{name}" for name in ("checkpoint", "metrics", "plot", "reward") if getattr(config, name)]
+        names = ("checkpoint", "metrics", "plot", "reward", "rollout", "eval_prompts", "report_to")
+        flags = ["--" + name.replace("_", "-") for name in names if getattr(config, name)]
         message = f"{' and '.join(flags)}: there is no RLHF step, since --steps is 0. Try: --steps 1, or leave it out"
         refuse_unless(not flags, message)
         return

@@ -24,8 +24,8 @@ from colocate.prompts import Prompt
 from colocate.report import short
 
 
-class RewardError(Stop):
-    """A reward function has failed. The trainers' state is whole."""
+class TaskError(Stop):
+    """The user's function has failed. The trainers' state is whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Reward:
     def __call__(self, answers: list[Answer]) -> list[float | None]:
         """What the answers are worth; None, which TRL's may say: this function has nothing to say of an answer.
 
-        Raises RewardError, with the function and the prompt named, if it raises an error, its cause, or if what it
+        Raises TaskError, with the function and the prompt named, if it raises an error, its cause, or if what it
         returns is not one finite number for each answer.
         """
         asked = f"for the prompt {short(answers[0].prompt.text)}"
@@ -95,14 +95,14 @@ class Reward:
         try:
             values = self.function(**self._columns(answers)) if self.of_lists else [self._one(a) for a in answers]
         except Exception as error:
-            raise RewardError(f"reward: {self.name} raised {described(error)} {asked}") from error
+            raise TaskError(f"reward: {self.name} raised {described(error)} {asked}") from error
         try:
             values = list(values)
         except TypeError:
             values = []
         if len(values) != len(answers):
             message = f"returned {len(values)} values {asked}. It must return a list with a number for each"
-            raise RewardError(f"reward: {self.name} {message}")
+            raise TaskError(f"reward: {self.name} {message}")
         return [self._number(value, answer) for value, answer in zip(values, answers, strict=True)]
 
     def _row(self, row: dict) -> dict[str, dict]:
@@ -131,7 +131,7 @@ class Reward:
                 number = float(value)
         if not math.isfinite(number):
             found = f"reward: {self.name} returned {short(value)} for the prompt {short(answer.prompt.text)}"
-            raise RewardError(f"{found}. It must return a finite number")
+            raise TaskError(f"{found}. It must return a finite number")
         return number
 
 
@@ -209,7 +209,7 @@ class Workers:
         concurrent.futures.wait([self.pool.submit(begin) for _ in range(count)])
 
     def __call__(self, where: str, answers: list[Answer]) -> list[float | None]:
-        """`Reward.__call__` of all answers. Raises RewardError also for a function that hangs or ends its process."""
+        """`Reward.__call__` of all answers. Raises TaskError also for a function that hangs or ends its process."""
         reward = load_reward(where)
         size = -(-len(answers) // self.count) if reward.of_lists else 1
         parts = [answers[i : i + size] for i in range(0, len(answers), size)]
@@ -224,9 +224,9 @@ class Workers:
             if isinstance(error, TimeoutError):
                 longer = f"To wait longer: --stage-timeout reward={2 * self.timeout_s:g}"
                 found = f"did not return within {self.timeout_s:g} s {asked}"
-                raise RewardError(f"reward: {reward.name} {found}. {longer}") from None
+                raise TaskError(f"reward: {reward.name} {found}. {longer}") from None
             if isinstance(error, concurrent.futures.BrokenExecutor):
-                raise RewardError(f"reward: {reward.name} ended its process {asked}") from None
+                raise TaskError(f"reward: {reward.name} ended its process {asked}") from None
             raise
         return values
 

@@ -5,6 +5,7 @@ The only module that knows a tokenizer: token ids go to the engines, and token i
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import traceback
@@ -15,7 +16,7 @@ from colocate.config import LONGEST_PROMPT, USAGE, Config, Stop, refuse_unless, 
 from colocate.model_folder import Model
 from colocate.prompts import Prompt, read_prompts
 from colocate.report import short
-from colocate.rewards import Answer, Reward, RewardError, Workers, load_reward
+from colocate.rewards import Answer, Reward, TaskError, Workers, described, load_function, load_reward
 
 
 class Task:
@@ -33,6 +34,8 @@ class Task:
         self.model = model
         self.notes: list[str] = []  # what a user should be told
         self.stop_token_ids: list[int] = []  # for engines that have no tokenizer
+        self.held_out: list[Prompt] = []  # of --eval-prompts
+        self.rollout_function: tuple[Callable, str] | None = None  # and its name
         if not model.has_tokenizer:
             refuse_text(config)
             return
@@ -47,6 +50,10 @@ class Task:
         self.dataset = self._encode(rows, config.prompt_column if config.prompts else "prompt")
         if config.prompts:
             require_a_step(config, len(self.dataset))
+        if config.eval_prompts:
+            rows = read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
+            self.held_out = self._encode(rows, config.prompt_column)
+        self.rollout_function = load_function(config.rollout, "--rollout") if config.rollout else None
         self.reward_functions = [Reward(reward, "reward")]
         if config.reward:
             self.reward_functions = [load_reward(where) for where in config.reward]
@@ -134,12 +141,50 @@ class Task:
             options |= {"stop": list(config.stop), "detokenize": True}
         return options
 
+    def rollout(
+        self, generate: Callable[..., list[dict]], prompts: list[Prompt], seed: int | None = None, **changes
+    ) -> list[dict]:
+        """Samples of these prompts, --group-size of each in order. changes: of `sampling`.
+
+        generate: token ids of prompts, `seed` and arguments of vllm.SamplingParams in, samples out. With --rollout, its
+        function is asked, with each prompt as often as there are samples of it: see docs/task.md. Raises Stop, with the
+        function named, if it raises an error, or if what it returns cannot be learned from.
+        """
+        sampling = self.sampling() | changes
+        if not self.rollout_function:
+            return generate([prompt.token_ids for prompt in prompts], seed=seed, **sampling)
+        function, name = self.rollout_function
+        asked = [prompt for prompt in prompts for _ in range(sampling.pop("n"))]
+        turns = itertools.count()
+
+        def turn(token_ids: list[list[int]], **more) -> list[dict]:
+            """One turn: a sample of each of these prompts, with noise of its own."""
+            own = None if seed is None else seed + next(turns)
+            return generate(token_ids, seed=own, **sampling | more)
+
+        try:
+            samples = function(turn, asked, self)
+        except Stop:
+            raise
+        except Exception as error:
+            raise TaskError(f"rollout: {name} raised {described(error)}") from error
+        for i in range(len(asked)):
+            wrong = what_is_wrong(samples, len(asked), i)
+            found = f"rollout: {name} returned {wrong} for the prompt {short(asked[i].text)}"
+            if wrong:
+                raise TaskError(f"{found}. See docs/task.md")
+        return samples
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that goes on in a conversation: without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     # --- rewards
 
     def score(self, prompts: list[Prompt], samples: list[dict]) -> None:
         """Give each sample its "reward"; and "rewards", {function: what it said}, if there are several.
 
-        samples: equally many for each of the prompts. Raises RewardError, with the function and the prompt named, if
+        samples: equally many for each of the prompts. Raises TaskError, with the function and the prompt named, if
         one raises an error, hangs, or returns no finite number.
         """
         if not self.model.has_tokenizer:
@@ -150,7 +195,7 @@ class Task:
         answers = [Answer(prompts[i // n], self.text(s["tokens"]), s["tokens"]) for i, s in enumerate(samples)]
         try:
             columns = [self._values(i, answers) for i in range(len(self.reward_functions))]
-        except RewardError as error:
+        except TaskError as error:
             if self.config.verbose and error.__cause__:
                 traceback.print_exception(error.__cause__)
             raise
@@ -160,7 +205,7 @@ class Task:
             said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
             if not said:
                 found = f"reward: {' and '.join(names)} returned None for the prompt {short(answer.prompt.text)}"
-                raise RewardError(f"{found}. One must return a number")
+                raise TaskError(f"{found}. One must return a number")
             sample["reward"] = sum(said)
             if len(names) > 1:
                 sample["rewards"] = dict(zip(names, values, strict=True))
@@ -186,6 +231,22 @@ class Task:
         letter = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         start = len(self.tokenizer.decode(letter, **options))
         return self.tokenizer.decode([*letter, *tokens], **options)[start:].rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def what_is_wrong(samples: object, count: int, i: int) -> str:
+    """With the i-th of so many samples that a rollout function returned; "": nothing."""
+    if not isinstance(samples, list) or len(samples) != count:
+        return f"no list of {count} samples, one of each prompt, but {short(samples)}"
+    sample = samples[i]
+    keys = {"prompt", "tokens", "logprobs", "truncated"}
+    if not isinstance(sample, dict) or keys - sample.keys():
+        return f"a sample without {', '.join(sorted(keys - set(sample)))}"
+    sizes = {len(sample[key]) for key in ("tokens", "logprobs", "mask") if key in sample}
+    if len(sizes) > 1:
+        return f"a sample with {len(sample['tokens'])} tokens, and logprobs or a mask of another length"
+    if not sample["tokens"]:
+        return "a sample without a token"
+    return ""
 
 
 def end_tokens(eos_token_id: int | None, folder: Path) -> list[int]:
@@ -218,8 +279,8 @@ def multiples_of_8(tokens: list[int]) -> float:
 
 def refuse_text(config: Config) -> None:
     """Raise Stop(USAGE) for flags that are about text."""
-    names = ("prompts", "reward", "system", "stop")
-    flags = [f"--{name}" for name in names if getattr(config, name)]
+    names = ("prompts", "reward", "system", "stop", "eval_prompts", "rollout")
+    flags = ["--" + name.replace("_", "-") for name in names if getattr(config, name)]
     name = config.resume or config.model or "the default model here"
     message = f"{' and '.join(flags)}: text needs a tokenizer, and {name} has none. Give a --model that has one"
     refuse_unless(not flags, message)
@@ -234,6 +295,10 @@ def check_task(config: Config) -> None:
     """Read --prompts and --reward, before a model is fetched. Raises Stop for what needs no tokenizer to see."""
     for where in config.reward:
         load_reward(where)
+    if config.rollout:
+        load_function(config.rollout, "--rollout")
+    if config.eval_prompts:
+        read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
     if config.prompts:
         rows = read_prompts(config.prompts, config.prompt_column, config.split)
         require_a_step(config, len(rows))
