@@ -56,36 +56,32 @@ def write_data(folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(a, b)) + "\n" for a, b in pairs))
 
 
-def tiny_tokenizer():
-    """Of digits, signs and the two tags, a token each."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def teach(folder: Path, words: list[str], lines: list[tuple[str, str]], seed: int, steps: int) -> None:
+    """Write a Qwen2 of 0.3 million parameters that has seen (prompt, answer) in so many steps of 64 lines each.
 
-    words = ["<end>", "<answer>", "</answer>", "+", "=", *"0123456789"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("</?answer>|<end>|."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-def write_model(folder: Path, seed: int, steps: int) -> None:
-    """A Qwen2 of 0.3 million parameters, taught for so many steps on the sums to learn from."""
+    words: all that its tokenizer knows, a token each; the first one ends an answer.
+    """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more only get in each other's way, with tensors as small as these
-    tokenizer = tiny_tokenizer()
+    it = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    it.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
+    it.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=it, eos_token=words[0])
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 16, "max_position_embeddings": 512, "tie_word_embeddings": True}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None, eos_token_id=0))
+    sizes |= {"num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 512}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train = sums(seed)[0]
+    encoded = [[tokenizer(text)["input_ids"] for text in (prompt, answer + words[0])] for prompt, answer in lines]
+    longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
     for _ in range(steps):
-        ids_BL = torch.zeros(64, 12, dtype=torch.int64)
+        ids_BL = torch.zeros(64, longest, dtype=torch.int64)
         labels_BL = torch.full_like(ids_BL, -100)  # no loss there
-        for b, (x, y) in enumerate(train[int(i)] for i in torch.randint(len(train), (64,))):
-            prompt, answer = (tokenizer(text)["input_ids"] for text in (f"{x}+{y}=", f"<answer>{x + y}</answer><end>"))
+        for b, i in enumerate(torch.randint(len(lines), (64,)).tolist()):
+            prompt, answer = encoded[i]
             ids_BL[b, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
             labels_BL[b, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         model(input_ids=ids_BL, labels=labels_BL).loss.backward()
@@ -100,9 +96,11 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("data", "model"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the split, and of the model")
-    parser.add_argument("--taught-steps", type=int, default=150, help="of the model")
+    parser.add_argument("--taught-steps", type=int, default=180, help="of the model")
     given = parser.parse_args()
     if given.what == "data":
         write_data(given.folder, given.seed)
     else:
-        write_model(given.folder, given.seed, given.taught_steps)
+        words = ["<end>", "<answer>", "</answer>", "+", "=", *"0123456789"]
+        lines = [(f"{a}+{b}=", f"<answer>{a + b}</answer>") for a, b in sums(given.seed)[0]]
+        teach(given.folder, words, lines, given.seed, given.taught_steps)
