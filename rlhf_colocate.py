@@ -37,6 +37,7 @@ from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
 from colocate.preflight import check_shared_memory, preflight
 from colocate.report import Report
+from colocate.rewards import TaskError
 from colocate.signals import interrupts_deferred
 from colocate.tasks import Task
 from colocate.watch import join_names
@@ -265,8 +266,11 @@ class MyLLM:
 
 
 def sample_of(output, done) -> dict:
-    """{"prompt": [ids], "tokens": [ids], "logprobs": [nats, of tokens, the sampler's][, "prompt_logprobs"]}."""
+    """{"prompt": [ids], "tokens": [ids], "logprobs": [nats, of tokens, the sampler's], "truncated": by --max-tokens
+    [, "prompt_logprobs"]}.
+    """
     sample = {"prompt": list(output.prompt_token_ids), "tokens": list(done.token_ids)}
+    sample["truncated"] = done.finish_reason == "length"
     flat = done.logprobs  # vLLM's FlatLogprobs: of each position the token's own, then those of the likeliest
     sample["logprobs"] = [flat.logprobs[i] for i in flat.start_indices]
     if flat := output.prompt_logprobs:  # of all but the first
@@ -382,11 +386,11 @@ class Colocation:
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
 
     def engine_args(self) -> dict:
-        """Of vllm.LLM. YOURS: what is not here. The rest has a flag, which is checked, or must stay for the push."""
+        """Of vllm.LLM. YOURS: what is not here, or --engine-args. The rest has a flag, or must stay for the push."""
         config = self.config
-        return dict(
+        return config.more_engine_args | dict(
             model=str(self.model.folder),
-            skip_tokenizer_init=True,  # token ids in, token ids out: the task has the tokenizer
+            skip_tokenizer_init=not config.stop,  # token ids in, token ids out: the task has the tokenizer
             load_format=self.model.load_format,
             hf_overrides={"architectures": [self.model.architecture]},  # a config.json may lack it
             dtype=config.dtype,
@@ -399,6 +403,7 @@ class Colocation:
             max_num_seqs=memory.max_num_seqs(config, self.model.rehearsal),
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=True,
+            logprobs_mode="raw_logprobs" if config.temperature == 1 else "processed_logprobs",  # the trainers', too
             enable_sleep_mode=bool(config.steps and config.sleep_level) and not self.model.rehearsal,
             seed=config.seed,
         )
@@ -457,8 +462,10 @@ class Colocation:
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
+        from colocate.grpo import learned_tokens
+
         n = len(self.trainers)
-        tokens = sum(len(s["tokens"]) for s in samples)
+        tokens = max(1, learned_tokens(samples))
         self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
         emptied = self.fleet.begin(self.engines, "reset_prefix_cache")
@@ -611,23 +618,18 @@ def compare_elements(colocation: Colocation) -> dict[str, dict]:
 
 def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> None:
     """Rollout, reward while engines fall asleep, train; compare: its replicas. It leaves engines one version behind."""
-    from colocate.grpo import advantages
+    from colocate.grpo import credit
 
     config = colocation.config
     report = colocation.report
     stage = colocation.fleet.stage
     with stage("rollout"):
         prompts = task.prompts(step)
-        # YOURS: any argument of vllm.SamplingParams, but the loss wants log-probabilities at temperature 1.
-        sampling = {"n": config.group_size, "temperature": 1.0, "max_tokens": config.max_tokens}
-        sampling |= {"stop_token_ids": task.stop_token_ids}
-        samples = colocation.generate([p.token_ids for p in prompts], seed=task.seed(step), **sampling)
+        samples = task.rollout(colocation.generate, prompts, seed=task.seed(step))
     asleep = colocation.sleep(samples)
     with stage("reward"):
-        for i, sample in enumerate(samples):
-            sample["reward"] = task.reward(prompts[i // config.group_size], sample["tokens"])
-        for sample, a in zip(samples, advantages([s["reward"] for s in samples], config.group_size), strict=True):
-            sample["advantage"] = a
+        task.score(prompts, samples)
+        credit(samples, config)
     with stage("sleep"):
         report.sampled(step, samples, task.text, colocation.sleep_level.note(asleep()))
     with stage("train"):
@@ -636,6 +638,16 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
         with stage("verify"):
             metrics |= colocation.compare_replicas()
     report.step(colocation.version, metrics)  # raises Stop if trainers and sampler do not agree
+
+
+def evaluate(colocation: Colocation, task: Task, step: int) -> None:
+    """Answer --eval-prompts greedily, and reward the answers; --save-best keeps the best weights."""
+    with colocation.fleet.stage("eval"):
+        samples = task.rollout(colocation.generate, task.held_out, n=1, temperature=0.0)
+        task.score(task.held_out, samples)
+    if colocation.report.evaluated(step, samples, task.text) and colocation.config.save_best:
+        with colocation.fleet.stage("checkpoint"):
+            colocation.save(Path(colocation.config.save_best))
 
 
 def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
@@ -663,6 +675,8 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
             if done >= first and config.saves_after(done, last):
                 with stage("checkpoint"):
                     colocation.save(Path(config.checkpoint))
+            if config.evaluates_after(done, first, last):
+                evaluate(colocation, task, done)
             if done == last:
                 with stage("rollout"):
                     after = every_engine_answers(colocation, task)
@@ -675,6 +689,11 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
             restarts += 1
             require_restart(loss, restarts, config.max_restarts)
             lost = loss
+        except TaskError:  # the trainers have done all steps before this one
+            if config.checkpoint and done >= first:
+                with stage("checkpoint"):
+                    colocation.save(Path(config.checkpoint))
+            raise
 
 
 def run(colocation: Colocation, task: Task) -> None:
@@ -693,6 +712,7 @@ def main(argv: list[str] | None = None, layout: type[Colocation] = Colocation) -
     with report.verdict(), cluster.temporary_folder() as folder:  # PASS, or what a Stop, Ctrl-C or an error says
         config, model = preflight(config, report, folder)
         task = Task(config, model, PROMPTS, reward)
+        report.notes(task.notes)
         with layout(config, model, report, folder) as colocation:
             run(colocation, task)
     return report.exit_code

@@ -78,7 +78,7 @@ def run_case(case: tuple, before: str | None) -> dict:
 
     name, sequences, tokens, lengths, steps, extra = case
     device = torch.device("cuda")
-    options = {"learning_rate": 1e-5, "clip_range": 0.2, "kl_coef": 0.0, "offload": False} | extra
+    options = {"learning_rate": 1e-5, "epsilon": 0.2, "kl_coef": 0.0, "offload": False} | extra
     if before:
         spec = importlib.util.spec_from_file_location("before", before)
         module = importlib.util.module_from_spec(spec)

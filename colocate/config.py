@@ -8,12 +8,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import json
 import math
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
-# Stages that wait for actors.
-STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "train", "wake", "checkpoint", "recover")
+# Stages that wait for other processes.
+STAGES = ("start", "connect", "rollout", "perturb", "push", "verify", "sleep", "reward", "train", "wake", "checkpoint")
+STAGES += ("recover", "eval")
 LONGEST_PROMPT = 48  # tokens, of those that stand in the script
+# Arguments of vllm.LLM that --engine-args must leave alone, and the flags that set them; "": the layout and the push.
+OWN_ENGINE_ARGS = {
+    "model": "--model",
+    "skip_tokenizer_init": "",
+    "load_format": "--load-format",
+    "hf_overrides": "",
+    "dtype": "--dtype",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "distributed_executor_backend": "",
+    "worker_extension_cls": "",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "kv_cache_memory_bytes": "",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "enforce_eager": "--enforce-eager",
+    "enable_prefix_caching": "",
+    "logprobs_mode": "--temperature",
+    "enable_sleep_mode": "--sleep-level",
+    "seed": "--seed",
+}
 DEFAULT_MODEL = "facebook/opt-125m"
 
 
@@ -94,6 +117,10 @@ class Config:
         "auto", "'dummy': read no weights, start from seeded random ones", choices=("auto", "dummy")
     )
     max_model_len: int = flag(512, "context length, tokens", at_least=1)
+    max_num_seqs: int | None = flag(
+        None, "sequences at a time in an engine (default: a step's, from 64 to 256)", type=int, at_least=1
+    )
+    engine_args: str = flag("{}", "any other arguments of vllm.LLM, as a JSON object")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
     push: str = flag(
         "recorded",
@@ -103,22 +130,92 @@ class Config:
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
     steps: int = flag(
         12,
-        "RLHF steps after the proof of the push; 0: the proof alone, without --checkpoint, --metrics, --plot, --reward",
+        "RLHF steps after the proof of the push; 0: the proof alone, without --checkpoint, --metrics, --reward, ...",
         at_least=0,
     )
     prompts: str | None = flag(
-        None, 'file of prompts in place of the script\'s: a JSON object a line, with "prompt" and any other keys'
-    )
-    reward: str | None = flag(
         None,
-        "FILE.py:FUNCTION in place of the script's: called with (prompt, completion), and with row=, if it takes it",
+        "prompts in place of the script's: a file of JSON lines; or .json, .csv, .parquet or a dataset's folder, which "
+        "the library datasets reads",
     )
+    prompt_column: str = flag("prompt", "column of --prompts with the prompt: text, or a list of chat messages")
+    split: str = flag("train", "split of --prompts, as datasets.load_dataset takes it: train[:90%%], for instance")
+    reward: tuple[str, ...] = flag(
+        (),
+        "FILE.py:FUNCTION in place of the script's: of (prompt, completion), and row=, if it takes it; or TRL's, of "
+        "(completions, **columns). May be given several times: the rewards add up",
+        action="append",
+    )
+    reward_weights: str | None = flag(None, "of several --reward, in their order: 1,0.5, for instance (default: all 1)")
+    reward_workers: int = flag(
+        1, "processes that --reward runs in; 0: in the driver, where one that hangs is never cut off", at_least=0
+    )
+    max_prompt_length: int | None = flag(
+        None, "tokens of a prompt of --prompts, at most (default: what --max-tokens leaves)", type=int, at_least=1
+    )
+    overlong: str = flag(
+        "error", "what becomes of longer prompts: 'error': the run ends; 'drop': left out", choices=("error", "drop")
+    )
+    system: str | None = flag(None, "system message of chats; a prompt that is text becomes a chat's first message")
+    stop: tuple[str, ...] = flag(
+        (), "string that ends a completion, which keeps it; may be given several times", action="append"
+    )
+    rollout: str | None = flag(
+        None,
+        "FILE.py:FUNCTION that makes the samples of a step, for several turns or tools: of (generate, prompts, task); "
+        "see docs/task.md",
+    )
+    eval_prompts: str | None = flag(
+        None, "prompts to be answered greedily and rewarded, before, during and after the loop; a file as of --prompts"
+    )
+    eval_split: str = flag("train", "the same as --split, of --eval-prompts")
+    eval_every: int = flag(0, "evaluate after every so many RLHF steps, too (0: only before and after)", at_least=0)
+    save_best: str | None = flag(None, "write a checkpoint of the best evaluation to this folder")
     prompts_per_step: int = flag(8, "prompts of an RLHF step, shared out to the engines", at_least=1)
     group_size: int = flag(8, "completions per prompt", at_least=1)
     learning_rate: float | None = flag(
         None, "of AdamW (default: 1e-5; for random weights 2.56 / hidden size, at most 0.01)", type=float, at_least=0
     )
-    clip_range: float = flag(0.2, "GRPO's clip of the ratio of new to sampler's probability", above=0)
+    temperature: float = flag(1.0, "of the sampler; the trainers divide their logits by it, too", above=0)
+    top_p: float = flag(
+        1.0, "the sampler takes the likeliest tokens up to this probability (1: all)", above=0, at_most=1
+    )
+    top_k: int = flag(0, "the sampler takes so many of the likeliest tokens (0: all)", at_least=0)
+    num_iterations: int = flag(1, "optimizer steps on the same rollout", at_least=1)
+    loss_type: str = flag(
+        "dapo",
+        "mean over 'dapo': all tokens; 'grpo': completions, of their means; 'dr_grpo': completions, of their sums / "
+        "--max-tokens",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    scale_rewards: str = flag(
+        "group",
+        "advantages are divided by the rewards' deviation in the group, in the batch, or by 1",
+        choices=("group", "batch", "none"),
+    )
+    epsilon: float = flag(0.2, "clip of the ratio of new to sampler's probability, downwards", above=0)
+    epsilon_high: float | None = flag(None, "the same, upwards (default: --epsilon)", type=float, above=0)
+    correction: str = flag(
+        "none",
+        "for the mismatch of sampler and trainer, by the trainer's log-probabilities of before the step, one forward "
+        "pass more: factors up to a cap for each 'token', or each 'sequence', or 'sequence_mask': 0 above it; 'none': "
+        "the loss has its ratio to the sampler",
+        choices=("none", "token", "sequence", "sequence_mask"),
+    )
+    correction_cap: float = flag(3.0, "largest factor of --correction", above=0)
+    mask_truncated_completions: bool = flag(False, "do not learn from completions that --max-tokens has cut off")
+    weight_decay: float = flag(0.0, "of AdamW, on all weights", at_least=0)
+    max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm (0: never)", at_least=0)
+    lr_scheduler: str = flag(
+        "constant", "how the learning rate goes on after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = flag(0, "RLHF steps in which the learning rate rises to its full value", at_least=0)
+    scheduled_steps: int | None = flag(
+        None,
+        "after so many RLHF steps, of all runs, a linear or cosine rate is 0 (default: --steps)",
+        type=int,
+        at_least=1,
+    )
     kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
     tokens_per_micro_batch: int | None = flag(
         None,
@@ -158,6 +255,9 @@ class Config:
         None, "append a JSON line per RLHF step to this file, and one per loss: steps after it replace older lines"
     )
     plot: str | None = flag(None, "draw reward and time per stage into this PNG, by step (needs matplotlib)")
+    report_to: str | None = flag(
+        None, "send the metrics to these, too, each by its own library, offline as well: tensorboard,wandb,trackio"
+    )
     trace: str | None = flag(None, "write a timeline of all actors to this file, for Perfetto or chrome://tracing")
     checkpoint: str | None = flag(None, "write a Hugging Face checkpoint to this folder at the end")
     checkpoint_every: int = flag(0, "write it after every so many RLHF steps, too (0: only at the end)", at_least=0)
@@ -184,24 +284,45 @@ class Config:
     @property
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
-        return self.max_model_len - self.max_tokens if self.prompts else LONGEST_PROMPT
+        room = self.max_model_len - self.max_tokens
+        return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
+
+    @property
+    def more_engine_args(self) -> dict:
+        """Of --engine-args. Raises ValueError for what is no JSON."""
+        return json.loads(self.engine_args)
+
+    @property
+    def weights_of_rewards(self) -> list[float]:
+        """One for each --reward. Raises ValueError for what is no number."""
+        if self.reward_weights is None:
+            return [1.0] * max(1, len(self.reward))
+        return [float(text) for text in self.reward_weights.split(",")]
 
     @property
     def learner_options(self) -> dict:
         """Keywords of colocate.learner.Learner; none without an RLHF step."""
         if not self.steps:
             return {}
-        names = ("learning_rate", "clip_range", "kl_coef", "micro_batch_size", "tokens_per_micro_batch")
-        options = {name: getattr(self, name) for name in (*names, "gradient_checkpointing")}
-        return options | {"offload": self.offload_optimizer}
+        names = ["learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler", "warmup_steps", "num_iterations"]
+        names += ["epsilon", "epsilon_high", "temperature", "kl_coef", "correction", "correction_cap"]
+        names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
+        options = {name: getattr(self, name) for name in names}
+        return options | {"offload": self.offload_optimizer, "scheduled_steps": self.scheduled_steps or self.steps}
 
     def saves_after(self, step: int, last: int) -> bool:
         """Whether a checkpoint is written after this RLHF step; `last` ends the run."""
         return bool(self.checkpoint) and (step == last or step % (self.checkpoint_every or last) == 0)
 
+    def evaluates_after(self, step: int, first: int, last: int) -> bool:
+        """Whether --eval-prompts are asked after this RLHF step; `first` and `last` are this run's."""
+        every = bool(self.eval_every) and step % self.eval_every == 0
+        return bool(self.eval_prompts) and (step in (first - 1, last) or every)
+
     def compares_after(self, step: int, first: int, last: int) -> bool:
         """Whether the trainers' weights are compared after this RLHF step; `first` and `last` are this run's."""
-        if step in (first, last) or self.saves_after(step, last):
+        saves_best = bool(self.save_best) and self.evaluates_after(step, first, last)
+        if step in (first, last) or self.saves_after(step, last) or saves_best:
             return True
         return self.num_gpus > 1 and bool(self.check_replicas_every) and step % self.check_replicas_every == 0
 
@@ -216,10 +337,14 @@ class Config:
             if isinstance(f.default, bool):
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
                 continue
+            if action := f.metadata.get("action"):
+                parser.add_argument(name, action=action, default=[*f.default], help=text)
+                continue
             kind = f.metadata.get("type") or (str if f.default is None else type(f.default))
             text += "" if f.default is None else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
-        return Config(**vars(parser.parse_args(argv)))
+        given = vars(parser.parse_args(argv))
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def check_range(config: Config) -> None:
@@ -227,9 +352,10 @@ def check_range(config: Config) -> None:
     for f in dataclasses.fields(config):
         name = "--" + f.name.replace("_", "-")
         value = getattr(config, f.name)
-        if isinstance(value, str):
-            refuse_unless(bool(value.strip()), f"{name} has an empty value. Give it one, or leave {name} out")
-        if value is None or isinstance(value, (str, bool)):
+        for text in value if isinstance(value, tuple) else [value]:
+            empty = isinstance(text, str) and not text.strip()
+            refuse_unless(not empty, f"{name} has an empty value. Give it one, or leave {name} out")
+        if value is None or isinstance(value, (str, bool, tuple)):
             continue
         limits = {
             f"at least {f.metadata.get('at_least')}": value >= f.metadata.get("at_least", value),
@@ -292,6 +418,38 @@ def stage_timeouts(config: Config) -> dict[str, float]:
     return limits
 
 
+def check_rewards(config: Config) -> None:
+    """Raise Stop(USAGE) for --reward-weights that are not one finite number for each --reward."""
+    if config.reward_weights is None:
+        return
+    count = len(config.reward)
+    weights = []
+    with contextlib.suppress(ValueError):
+        weights = [weight for weight in config.weights_of_rewards if math.isfinite(weight)]
+    found = f"--reward-weights {config.reward_weights} is not a number for each of {count} --reward"
+    fix = f"Try: --reward-weights {','.join(['1'] * count)}" if count else "Leave it out"
+    refuse_unless(0 < len(weights) == count, f"{found}. {fix}")
+
+
+def check_engine_args(config: Config, known: set[str]) -> None:
+    """Raise Stop(USAGE) for --engine-args that are no JSON object, or have names that vllm.LLM does not know, or ours.
+
+    known: names of vLLM's arguments.
+    """
+    given = None
+    with contextlib.suppress(ValueError):
+        given = config.more_engine_args
+    example = """Try: --engine-args '{"block_size": 32}'"""
+    refuse_unless(isinstance(given, dict), f"--engine-args {config.engine_args} is no JSON object. {example}")
+    for name in given:
+        flag = OWN_ENGINE_ARGS.get(name)
+        fix = f"Try: {flag}" if flag else "Leave it out: the layout and the push need it as it is"
+        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which this script sets. {fix}")
+        near = difflib.get_close_matches(name, known, 1, 0)
+        fix = f"Did you mean {near[0]}?" if near else "Leave it out"
+        refuse_unless(name in known, f"--engine-args has {name}, which vLLM does not know. {fix}")
+
+
 def check_loop(config: Config) -> None:
     """Raise Stop(USAGE) for an RLHF loop that cannot run, and for flags that do not go together."""
     # Those of --prompts are measured later, with the tokenizer.
@@ -303,12 +461,21 @@ def check_loop(config: Config) -> None:
     if config.resume:
         refuse_unless(config.model is None, "--resume brings its own model. Leave --model out")
         refuse_unless(config.load_format != "dummy", "--resume reads its weights from files. Leave --load-format out")
+        decays = config.lr_scheduler != "constant" and config.scheduled_steps is None
+        message = f"--resume with --lr-scheduler {config.lr_scheduler} must know where it ends, of all runs' steps"
+        refuse_unless(not decays, f"{message}. Try: --scheduled-steps with their sum")
     every = config.checkpoint_every
     message = f"--checkpoint-every {every} needs a folder to write to. Try: --checkpoint DIR"
     refuse_unless(bool(config.checkpoint) or not every, message)
+    for name in ("eval_every", "save_best"):
+        flag = "--" + name.replace("_", "-")
+        message = f"{flag} needs prompts to evaluate with. Try: --eval-prompts FILE.jsonl"
+        refuse_unless(bool(config.eval_prompts) or not getattr(config, name), message)
+    check_rewards(config)
     if not config.steps:
         # What only sets how a step is done may stay. These would be asked for in vain.
-        flags = [f"--{name}" for name in ("checkpoint", "metrics", "plot", "reward") if getattr(config, name)]
+        names = ("checkpoint", "metrics", "plot", "reward", "rollout", "eval_prompts", "report_to")
+        flags = ["--" + name.replace("_", "-") for name in names if getattr(config, name)]
         message = f"{' and '.join(flags)}: there is no RLHF step, since --steps is 0. Try: --steps 1, or leave it out"
         refuse_unless(not flags, message)
         return

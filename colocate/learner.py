@@ -16,7 +16,7 @@ import torch
 
 from colocate import trainer_state
 from colocate.attention import VARLEN
-from colocate.grpo import Batch, collate, grpo_loss, micro_batches
+from colocate.grpo import MISMATCH, Batch, collate, correct, grpo_loss, learned_tokens, micro_batches, mismatch
 from colocate.logprobs import (
     CHUNK_BYTES,
     checkpoint_layers,
@@ -75,16 +75,29 @@ class Learner:
         random_weights: bool = False,
         *,
         learning_rate: float | None,
-        clip_range: float,
+        epsilon: float,
         kl_coef: float,
         offload: bool,
         tokens_per_micro_batch: int | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
+        epsilon_high: float | None = None,
+        temperature: float = 1.0,
+        num_iterations: int = 1,
+        correction: str = "none",
+        correction_cap: float = 3.0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        lr_scheduler: str = "constant",
+        warmup_steps: int = 0,
+        scheduled_steps: int = 0,
         held: Whole | None = None,
     ):
         """held: what this trainer holds of the model; None: all. learning_rate: None for the default. kl_coef: above 0
         it keeps a copy of the weights as they are now.
+
+        temperature: of the sampler, whose log-probabilities have it in them. num_iterations: optimizer steps on the
+        same samples. correction: see `grpo.correct`. lr_scheduler, ...: see `learning_rate_factor`.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
         sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
@@ -92,13 +105,21 @@ class Learner:
         """
         self.model = model
         self.offload = offload
-        self.clip_range = clip_range
+        self.epsilon = epsilon
+        self.epsilon_high = epsilon_high
+        self.temperature = temperature
+        self.num_iterations = num_iterations
+        self.correction = correction
+        self.correction_cap = correction_cap
+        self.max_grad_norm = max_grad_norm
+        self.schedule = (lr_scheduler, warmup_steps, scheduled_steps)
         self.kl_coef = kl_coef
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.micro_batch_size = micro_batch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.workspace = 0  # bytes of GPU memory that the last step gave back
         self.steps = 0
+        self.updates = 0  # of the optimizer: num_iterations in each step
         self.metrics: dict[str, float] = {}  # what the last step returned
         self.held = held or Whole(model)
         self.weights = [w.detach() for w in self.held.memory.values()]  # what engines read
@@ -110,8 +131,9 @@ class Learner:
         self.masters = self.held.masters()
         if learning_rate is None:
             learning_rate = default_learning_rate(model, random_weights)
-        options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+        options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.masters, **options)
+        self.optimizer.param_groups[0]["initial_lr"] = learning_rate
         self._move_between_steps()
 
     def __str__(self) -> str:
@@ -121,48 +143,84 @@ class Learner:
         return f"{self.held}, {attention} attention, {self.route}, {size}"
 
     def step(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
-        """One optimizer step on all trainers' samples; these are this one's. total_tokens: of all completions.
+        """num_iterations optimizer steps on all trainers' samples; these are this one's. total_tokens: of all.
 
-        Returns {"loss", "grad_norm", "logprob_gap", "ratio", "clipped"[, "kl"]}: means over all tokens, the same on
-        every trainer. Raises ValueError, with the weights untouched, if the gradient is not finite.
+        Returns {"loss", "grad_norm", "logprob_gap", "ratio", "effective", "sampler_kl", "worst_token", "masked",
+        "clipped"[, "kl"]}: means over all tokens, the same on every trainer; of the last optimizer step, but of the
+        first what tells trainer and sampler apart: "effective" is the effective sample size, (sum r)^2 / sum r^2 with
+        the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
+        weights untouched, if the gradient is not finite.
         """
+        if self.correction != "none":
+            self._correct(samples)
+        first = self._optimize(samples, total_tokens)
+        last = first
+        for _ in range(1, self.num_iterations):
+            last = self._optimize(samples, total_tokens)
+        of_sampler = {*MISMATCH, "effective", "worst_token"}
+        self.steps += 1
+        self.metrics = last | {name: first[name] for name in first if name in of_sampler}
+        return self.metrics
+
+    def _correct(self, samples: list[dict]) -> None:
+        """Look up the trainer's own log-probabilities before the step: one forward pass more."""
+        parts, batches = self._micro_batches(samples)
+        found = [logprobs_of(self.model, batch, self.route, self.temperature) for batch in batches]
+        for part, found_N in zip(parts, found, strict=False):
+            counts = [learned_tokens([sample]) for sample in part]
+            for sample, old in zip(part, found_N.cpu().split(counts), strict=True):
+                correct(sample, old.tolist(), self.correction, self.correction_cap)
+
+    def _optimize(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
+        """One optimizer step. Returns its metrics."""
         self._reserve_workspace()
         self._move(self.device)
         self.held.begin_step(self.masters, self.device)
         totals = self._add_gradients(samples, total_tokens)
         self.held.sum_gradients(self.masters)
+        worst = totals.pop("worst_token")
         numbers = torch.stack([totals[name] for name in sorted(totals)])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(numbers)
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         norm = self.held.norm(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
-        torch.nn.utils.clip_grads_with_norm_(self.masters, 1.0, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm or math.inf, norm)
         norm = float(norm)
+        metrics = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
         if math.isfinite(norm):
+            group = self.optimizer.param_groups[0]
+            group["lr"] = group["initial_lr"] * learning_rate_factor(self.steps, *self.schedule)
             self.optimizer.step()
+            self.updates += 1
             self.restore()
-            self.steps += 1
-            means = dict(zip(sorted(totals), (numbers / total_tokens).tolist(), strict=True))
-            self.metrics = means | {"grad_norm": norm}
+            metrics |= {"grad_norm": norm, "worst_token": float(worst), "learning_rate": group["lr"]}
+            metrics["effective"] = metrics["ratio"] ** 2 / max(metrics.pop("ratio_squared"), 1e-30)
         self.optimizer.zero_grad(set_to_none=True)
         self.workspace = self._move_between_steps()
         if not math.isfinite(norm):
             fix = "Check the rewards, or try a smaller --learning-rate"
             raise ValueError(f"the step has a gradient norm of {norm}, so the weights were left unchanged. {fix}")
-        return self.metrics
+        return metrics
 
-    def _add_gradients(self, samples: list[dict], total_tokens: int) -> dict[str, torch.Tensor]:
-        """Forward and backward passes of all micro-batches. Returns float64 sums over their tokens, for the metrics."""
+    def _micro_batches(self, samples: list[dict]) -> tuple[list[list[dict]], list[Batch]]:
+        """(the samples in micro-batches, these on the device). Trainers with shards make as many passes as the one that
+        needs most: batches of DUMMY follow.
+        """
         if self.tokens_per_micro_batch is None:
             self.tokens_per_micro_batch = self._fitting_tokens()
         packed = self.route.packed
         parts = micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed)
         idle = self.held.most(len(parts)) - len(parts)
         # All are brought to the GPU before it has work: a copy from the host waits for what it does at the time.
-        batches = [collate(part, self.device, packed) for part in (*parts, *[[DUMMY]] * idle)]
+        return parts, [collate(part, self.device, packed) for part in (*parts, *[[DUMMY]] * idle)]
+
+    def _add_gradients(self, samples: list[dict], total_tokens: int) -> dict[str, torch.Tensor]:
+        """Forward and backward passes of all micro-batches. Returns float64 sums over their tokens, for the metrics."""
+        parts, batches = self._micro_batches(samples)
         references = [None] * len(batches)
         if self.reference:
             with self.held.computing_with(self.reference):
-                references = [logprobs_of(self.model, batch, self.route) for batch in batches]
+                references = [logprobs_of(self.model, b, self.route, self.temperature) for b in batches]
         totals: dict[str, torch.Tensor] = {}
         for batch, reference_N in zip(batches[: len(parts)], references, strict=False):
             self._add_gradient(batch, reference_N, total_tokens, totals)
@@ -181,15 +239,20 @@ class Learner:
         whole_NH = states(self.model, batch, self.route)
         n = chunk_tokens(self.model)
         chunks = [chunk.detach().requires_grad_() for chunk in whole_NH.split(n)]
-        columns = [batch.targets_N.split(n), batch.sampler_N.split(n), batch.advantage_N.split(n)]
+        of_batch = (batch.targets_N, batch.sampler_N, batch.old_N, batch.advantage_N, batch.weight_N)
         references = [None] * len(chunks) if reference_N is None else reference_N.split(n)
-        for states_nH, targets_n, sampler_n, advantage_n, reference_n in zip(chunks, *columns, references, strict=True):
-            logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route)
-            rest = (total_tokens, self.clip_range, reference_n, self.kl_coef)
-            loss, sums = grpo_loss(logprobs_n, sampler_n, advantage_n, *rest)
+        columns = [chunks, *(column_N.split(n) for column_N in of_batch), references]
+        for states_nH, targets_n, sampler_n, old_n, advantage_n, weight_n, reference_n in zip(*columns, strict=True):
+            logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route, self.temperature)
+            rest = (total_tokens, self.epsilon, reference_n, self.kl_coef)
+            options = {"epsilon_high": self.epsilon_high, "weight_N": weight_n}
+            loss, sums = grpo_loss(logprobs_n, old_n, advantage_n, *rest, **options)
             loss.backward()
-            for name, value in (sums | {"loss": loss.detach() * total_tokens}).items():
+            sums |= mismatch(logprobs_n, sampler_n) | {"loss": loss.detach() * total_tokens}
+            for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.double()
+            worst = torch.cat([(logprobs_n - sampler_n).detach().abs().double(), totals["loss"].new_zeros(1)]).max()
+            totals["worst_token"] = torch.maximum(worst, totals.get("worst_token", worst))
         whole_NH.backward(torch.cat([chunk.grad for chunk in chunks]))
 
     def _fitting_tokens(self) -> int:
@@ -232,7 +295,8 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside the model's checkpoint: all trainers of one replica together."""
-        numbers = {"steps": self.steps, "metrics": self.metrics, "lr": self.optimizer.param_groups[0]["lr"]}
+        numbers = {"steps": self.steps, "metrics": self.metrics, "updates": self.updates}
+        numbers["lr"] = self.optimizer.param_groups[0]["initial_lr"]
         numbers["with_reference"] = bool(self.reference)
         trainer_state.write(folder, self._state(), numbers, self.held.group)
 
@@ -249,10 +313,11 @@ class Learner:
             raise ValueError(f"{folder} is of a run without --kl-coef, and has no starting weights. Leave it out")
         trainer_state.read_tensors(folder, self._state())
         self.steps = numbers["steps"]
+        self.updates = numbers["updates"]
         self.metrics = numbers["metrics"]
         for state in self.optimizer.state.values():
-            state["step"].fill_(self.steps)
-        self.optimizer.param_groups[0]["lr"] = numbers["lr"] if learning_rate is None else learning_rate
+            state["step"].fill_(self.updates)
+        self.optimizer.param_groups[0]["initial_lr"] = numbers["lr"] if learning_rate is None else learning_rate
         self.restore()
         self._move_between_steps()
 
@@ -291,3 +356,16 @@ class Learner:
         for state in self.optimizer.state.values():
             for name in MOMENTS:
                 state[name] = state[name].to(device)
+
+
+def learning_rate_factor(step: int, kind: str, warmup_steps: int, scheduled_steps: int) -> float:
+    """Of the learning rate in the step after so many: it rises linearly in the warm-up, then it is as `kind` says.
+
+    "constant": 1; "linear", "cosine": down to 0 after scheduled_steps, of which the warm-up is a part.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, scheduled_steps - warmup_steps))
+    return 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))

@@ -120,10 +120,13 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(
-    model: torch.nn.Module, states_nH: torch.Tensor, targets_n: torch.Tensor, route: Route
+    model: torch.nn.Module, states_nH: torch.Tensor, targets_n: torch.Tensor, route: Route, temperature: float = 1.0
 ) -> torch.Tensor:
-    """(n,) float32, nats: log-probability of each target at temperature 1."""
-    return TokenLogprobs.apply(logits(model, states_nH, route), targets_n)
+    """(n,) float32, nats: log-probability of each target at this temperature."""
+    logits_nV = logits(model, states_nH, route)
+    if temperature != 1.0:  # in float32, as vLLM does it
+        logits_nV = logits_nV.float() / temperature
+    return TokenLogprobs.apply(logits_nV, targets_n)
 
 
 def chunk_tokens(model: torch.nn.Module) -> int:
@@ -132,11 +135,11 @@ def chunk_tokens(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def logprobs_of(model: torch.nn.Module, batch: Batch, route: Route) -> torch.Tensor:
+def logprobs_of(model: torch.nn.Module, batch: Batch, route: Route, temperature: float = 1.0) -> torch.Tensor:
     """(N,) float32, nats: log-probabilities of the completions' tokens. Without gradient."""
     n = chunk_tokens(model)
     chunks = zip(states(model, batch, route).split(n), batch.targets_N.split(n), strict=True)
-    return torch.cat([token_logprobs(model, states_nH, targets_n, route) for states_nH, targets_n in chunks])
+    return torch.cat([token_logprobs(model, states_nH, ids_n, route, temperature) for states_nH, ids_n in chunks])
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:

@@ -72,13 +72,13 @@ def kv_bytes(config: Config, model_config: dict, tokens: int) -> int:
 
 
 def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
-    """Per rank, for MAX_NUM_SEQS sequences of full length, as vLLM's CPU build cannot resume a seeded request.
+    """Per rank, for all sequences of an engine in full length, as vLLM's CPU build cannot resume a seeded request.
 
     In blocks of 128 tokens, one more than a sequence fills. Windows do not count: vLLM may keep whole sequences.
     """
     tokens = 128 * (-(-(config.max_tokens + config.longest_prompt) // 128) + 1)
     whole = model_config | {"sliding_window": None}
-    return max(64 * 2**20, MAX_NUM_SEQS * kv_bytes(config, whole, tokens))
+    return max(64 * 2**20, max_num_seqs(config, rehearsal=True) * kv_bytes(config, whole, tokens))
 
 
 def longest_that_fits(config: Config, model_config: dict, size: float) -> int:
@@ -210,6 +210,8 @@ def max_num_seqs(config: Config, rehearsal: bool) -> int:
 
     A rehearsal's KV cache is made for MAX_NUM_SEQS, see `rehearsal_kv_bytes`.
     """
+    if config.max_num_seqs:
+        return config.max_num_seqs
     if rehearsal or not config.steps:
         return MAX_NUM_SEQS
     per_engine = -(-config.prompts_per_step // config.num_engines) * config.group_size

@@ -5,6 +5,7 @@ Each mistake that shows by then ends the run with one message: what was found, w
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -19,9 +20,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colocate import trainer_state
+from colocate import trackers, trainer_state
 from colocate.cluster import available_memory_mib, check_environment, require_writable
-from colocate.config import MISSING, USAGE, Config, Stop, check_layout, check_loop, refuse_unless
+from colocate.config import MISSING, USAGE, Config, Stop, check_engine_args, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
 from colocate.model_folder import Model, check_model
 from colocate.tasks import check_task
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from colocate.report import Report
 
 
-OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint")
+OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint", "save_best")
+FOLDERS = ("checkpoint", "save_best")
 
 
 def check_outputs(config: Config) -> None:
@@ -47,17 +49,19 @@ def check_outputs(config: Config) -> None:
         other = paths.setdefault(path, flag)
         refuse_unless(other == flag, f"{other} and {flag} are both {path}. Give each a path of its own")
         folder = path.parent
-        if config.checkpoint and name != "checkpoint":
-            message = f"{flag} {path} is in the folder of --checkpoint, which is replaced whole. Give it another folder"
-            refuse_unless(not path.is_relative_to(Path(config.checkpoint).resolve()), message)
+        for replaced in FOLDERS:
+            if getattr(config, replaced) and name != replaced:
+                whole = f"--{replaced.replace('_', '-')}, which is replaced whole"
+                message = f"{flag} {path} is in the folder of {whole}. Give it another folder"
+                refuse_unless(not path.is_relative_to(Path(getattr(config, replaced)).resolve()), message)
         refuse_unless(folder.is_dir(), f"{flag} {path} has no folder to be in. Try: mkdir -p {folder}")
-        if name == "checkpoint":
-            check_checkpoint_folder(path)
+        if name in FOLDERS:
+            check_checkpoint_folder(path, flag)
         else:
             refuse_unless(
                 not path.is_dir(), f"{flag} {path} is a folder, and must be a file. Try: {flag} {path}/{name}"
             )
-        if not path.exists() or name == "checkpoint":
+        if not path.exists() or name in FOLDERS:
             message = f"{flag} {path} cannot be written"
             require_writable(folder, message, f"Try {flag} with a path in another folder", USAGE)
         elif path.is_file():
@@ -69,16 +73,17 @@ def check_outputs(config: Config) -> None:
     if config.plot:
         found = importlib.util.find_spec("matplotlib")
         refuse_unless(bool(found), "--plot needs matplotlib. Try: pip install matplotlib", MISSING)
+    trackers.check(config.report_to)
 
 
-def check_checkpoint_folder(path: Path) -> None:
+def check_checkpoint_folder(path: Path, flag: str = "--checkpoint") -> None:
     """Raise Stop(USAGE) unless this is a folder that may be replaced whole."""
     ours = not path.exists() or (path / trainer_state.FOLDER).is_dir()
     empty = path.is_dir() and not any(path.iterdir())
-    message = f"--checkpoint {path} holds something else, which a checkpoint would replace"
-    refuse_unless(ours or empty, f"{message}. Try: --checkpoint {path}-checkpoint")
-    message = f"--checkpoint {path} is a mount point, which cannot be replaced by a new checkpoint"
-    refuse_unless(not os.path.ismount(path), f"{message}. Try: --checkpoint {path}/checkpoint")
+    message = f"{flag} {path} holds something else, which a checkpoint would replace"
+    refuse_unless(ours or empty, f"{message}. Try: {flag} {path}-checkpoint")
+    message = f"{flag} {path} is a mount point, which cannot be replaced by a new checkpoint"
+    refuse_unless(not os.path.ismount(path), f"{message}. Try: {flag} {path}/checkpoint")
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -157,6 +162,14 @@ def find_packages() -> tuple[dict[str, str], bool]:
     message = "torchvision beside torch's CPU build breaks transformers. Try: pip uninstall torchvision"
     refuse_unless(not clash, message, MISSING)
     return versions, rehearsal
+
+
+def known_engine_args() -> set[str]:
+    """Names of vLLM's engine arguments, read in its source: importing it takes seconds."""
+    source = Path(importlib.util.find_spec("vllm").origin).parent / "engine/arg_utils.py"
+    classes = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ClassDef)]
+    body = next((node.body for node in classes if node.name == "EngineArgs"), [])
+    return {field.target.id for field in body if isinstance(field, ast.AnnAssign)}
 
 
 def find_gpus() -> list[dict]:
@@ -337,6 +350,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         if own_ray:
             check_environment(processes=2 * config.num_gpus + config.num_engines)
         report.data["versions"], rehearsal = find_packages()
+        check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
         model = check_model(config, rehearsal, scratch)
@@ -357,9 +371,10 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         config, note = choose_trainer(config, model.architecture, model.can_shard, check_memory)
         notes.append(note)
         check_memory(config)
-        if config.checkpoint:
-            needed = checkpoint_bytes(config, model.parameters)
-            check_room(Path(config.checkpoint).resolve().parent, needed, "--checkpoint")
+        for name in FOLDERS:
+            if getattr(config, name):
+                needed = checkpoint_bytes(config, model.parameters)
+                check_room(Path(getattr(config, name)).resolve().parent, needed, "--" + name.replace("_", "-"))
         if rehearsal:
             kv_cache_bytes = rehearsal_kv_bytes(config, model.config)
             model = dataclasses.replace(model, rehearsal=True, kv_cache_bytes=kv_cache_bytes)
@@ -369,7 +384,6 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
     report("preflight", f"{versions}; {f'{len(gpus)} x ' + gpus[0]['name'] if gpus else 'no GPU'}")
     if rehearsal:
         report("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
-    for note in filter(None, notes):
-        report("preflight", note)
+    report.notes([*filter(None, notes)])
     report.settings(config)
     return config, model

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from colocate import trace
+from colocate import trace, trackers
 from colocate.config import FAIL, INTERRUPTED, MISSING, PASS, USAGE, Config, Lost, Stop
 from colocate.signals import end_by_interrupt, interrupts_deferred
 
@@ -41,6 +41,7 @@ class Report:
         self.said = START  # when the last line was printed
         self.step_seconds: dict[str, float] = {}  # of the stages of the present step
         self.rollout: dict | None = None  # what is known of a step before it is trained
+        self.trackers: list[trackers.Tracker] = []  # of --report-to
         arguments = sys.argv[1:] if argv is None else argv
         self.data: dict = {
             "verdict": "FAIL",
@@ -108,8 +109,12 @@ class Report:
         """The flags, with --dtype auto resolved. Of absolute paths the name alone: the file may be published."""
         self.config = config
         settings = dataclasses.asdict(config)
-        paths = {k: v for k, v in settings.items() if isinstance(v, str) and "/" in v and Path(v).is_absolute()}
-        self.data["config"] = settings | {k: Path(v).name for k, v in paths.items()}
+        self.data["config"] = {name: published(value) for name, value in settings.items()}
+
+    def notes(self, notes: list[str]) -> None:
+        """What preflight has found that does not end the run."""
+        for note in notes:
+            self("preflight", note)
 
     def placement(self, rows: list[dict]) -> None:
         """Rows of `cluster.match_placement`. The first start's are told; a recovery lands on the same GPUs."""
@@ -187,6 +192,7 @@ class Report:
         """The loop begins after so many steps, and ends after `last`."""
         self.data["steps"] = []
         self.data.setdefault("losses", [])  # one before it is in there
+        self.trackers = trackers.start(self.config.report_to, self.data["config"])
         self.first = done
         self.last = last
         self.step_seconds.clear()
@@ -196,6 +202,10 @@ class Report:
         done = len(self.data["steps"])
         total = self.last - self.first
         self.bar = f"[{'#' * (30 * done // total):.<30}] {done}/{total} "
+        if done:
+            seconds = sum(sum(row["seconds"].values()) for row in self.data["steps"])
+            self.bar += f"{self.data['steps'][-1]['tokens_per_s']:.0f} tokens/s, "
+            self.bar += f"{seconds / done * (total - done) / 60:.1f} min left "
 
     def trains(self, way: str) -> None:
         """How the trainers compute a step: what they chose when they began with the first."""
@@ -216,8 +226,25 @@ class Report:
         tokens = sum(len(s["tokens"]) for s in samples)
         row = {"step": step, "reward": sum(rewards) / len(rewards), "tokens": tokens}
         row |= {"tokens_per_s": tokens / self.step_seconds["rollout"], "push_ms": self.push_ms}
+        row |= means_of_rewards(samples) | {"equal_groups": equal_groups(rewards, self.config.group_size)}
         row |= {"gpu_used_gib": gpu_used_gib, "best": text(max(samples, key=lambda s: s["reward"])["tokens"])}
         self.rollout = row
+
+    def evaluated(self, step: int, samples: list[dict], text: Callable) -> bool:
+        """--eval-prompts were answered greedily after this step. Whether their reward is the best so far."""
+        evals = [e for e in self.data.get("evals", []) if e["step"] < step]  # after a loss it may be done again
+        rewards = [sample["reward"] for sample in samples]
+        n = len(rewards)
+        mean = sum(rewards) / n
+        variance = sum((reward - mean) ** 2 for reward in rewards) / max(1, n - 1)
+        row = {"step": step, "n": n, "reward": mean, "se": (variance / n) ** 0.5} | means_of_rewards(samples)
+        best = all(mean > e["reward"] for e in evals)
+        shown = [{"prompt": text(s["prompt"]), "answer": text(s["tokens"]), "reward": s["reward"]} for s in samples[:8]]
+        self.data["evals"] = [*evals, row | {"samples": shown}]
+        self("eval", f"after step {step}: reward {mean:.4f} ± {row['se']:.4f} (standard error) of {n} prompts")
+        self._note({"eval": row})
+        self.step_seconds.pop("eval", None)
+        return best
 
     def step(self, version: int, metrics: dict) -> None:
         """The step of the last rollout is trained. Raises Stop if trainers and sampler do not agree on it."""
@@ -333,7 +360,12 @@ class Report:
 
     def _write_files(self, verdict: str) -> str:
         """Write what was asked for, with what data there is. Returns the verdict: FAIL if a file was not written."""
-        files = {"plot": self._plot, "trace": self._trace, "output_json": self._output_json}
+        files = {
+            "plot": self._plot,
+            "trace": self._trace,
+            "report_to": self._report_to,
+            "output_json": self._output_json,
+        }
         for name, write in files.items():
             self.data["verdict"] = verdict
             path = getattr(self.config, name)
@@ -347,15 +379,21 @@ class Report:
 
     def _plot(self, path: str) -> None:
         if self.data.get("steps"):
-            plot_steps(self.data["steps"], path)
+            plot_steps(self.data["steps"], path, self.data.get("evals", []))
 
     def _trace(self, path: str) -> None:
         trace.write(path, {"stages": self.spans} | dict(sorted(self.actor_spans.items())))
+
+    def _report_to(self, names: str) -> None:
+        for tracker in self.trackers:
+            tracker.close()
 
     def _output_json(self, path: str) -> None:
         Path(path).write_text(json.dumps(self.data, indent=1) + "\n")
 
     def _note(self, line: dict) -> None:
+        for tracker in self.trackers:
+            tracker.log(line)
         if self.config.metrics:
             with open(self.config.metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -376,9 +414,22 @@ def summary(wrong) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
+def published(value: object) -> object:
+    """A flag's value, of absolute paths the name alone."""
+    if isinstance(value, tuple):
+        return [published(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def shorten(text: str) -> str:
     """At most a hundred characters of it."""
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def short(value: object) -> str:
+    """In one line of at most 100 characters; strings in quotes."""
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    return shorten(" ".join(text.split()))
 
 
 def describe(name: str, check: dict) -> str:
@@ -401,9 +452,27 @@ def describe(name: str, check: dict) -> str:
     return text
 
 
+def equal_groups(rewards: list[float], group_size: int) -> int:
+    """How many groups have equal rewards: they teach nothing."""
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    return sum(min(group) == max(group) for group in groups)
+
+
+def means_of_rewards(samples: list[dict]) -> dict:
+    """{"rewards": {function: mean of what it said}} where there are several."""
+    said: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.get("rewards", {}).items():
+            said.setdefault(name, []).extend([] if value is None else [value])
+    means = {name: sum(values) / len(values) for name, values in said.items() if values}
+    return {"rewards": means} if said else {}
+
+
 def describe_step(row: dict, last: int) -> str:
     """One line: what was learned, and where the time went."""
     numbers = " ".join(f"{k} {row[k]:.4f}" for k in ("reward", "loss", "grad_norm", "kl", "ratio") if k in row)
+    if row.get("equal_groups"):
+        numbers += f" equal groups {row['equal_groups']}"
     seconds = row["seconds"]
     times = " ".join(f"{k} {seconds[k]:.2f}" for k in ("rollout", "sleep", "train"))
     wake = seconds.get("wake", 0) + seconds.get("wake KV", 0)
@@ -414,8 +483,8 @@ def describe_step(row: dict, last: int) -> str:
     )
 
 
-def plot_steps(rows: list[dict], path: str) -> None:
-    """Reward, and seconds per stage, by step."""
+def plot_steps(rows: list[dict], path: str, evals: list[dict] = ()) -> None:
+    """Reward, in rollouts and in evaluations with their standard errors, and seconds per stage, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -424,6 +493,10 @@ def plot_steps(rows: list[dict], path: str) -> None:
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     steps = [r["step"] for r in rows]
     upper.plot(steps, [r["reward"] for r in rows], ".-", color="#e07b39")
+    if evals:
+        points = ([e["step"] for e in evals], [e["reward"] for e in evals], [e["se"] for e in evals])
+        upper.errorbar(*points, fmt="s-", color="#4c566a", capsize=3, label="evaluation")
+        upper.legend(loc="lower right", fontsize=8)
     upper.set_ylabel("mean reward")
     names = list(dict.fromkeys(name for r in rows for name in r["seconds"]))
     lower.stackplot(steps, [[r["seconds"].get(name, 0) for r in rows] for name in names], labels=names)

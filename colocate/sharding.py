@@ -60,8 +60,10 @@ class Whole:
 
         sizes = [m.numel() for m in masters]
         self.gradient = torch.zeros(sum(sizes), device=device)
-        for master, part in zip(masters, self.gradient.split(sizes), strict=True):
-            master.grad = part.view(master.shape)
+        parts = self.gradient.split(sizes)
+        for parameter, master, part in zip(self.parameters.values(), masters, parts, strict=True):
+            if parameter.requires_grad:
+                master.grad = part.view(master.shape)
 
     def sum_gradients(self, masters: list[torch.Tensor]) -> None:
         """Let every master have the sum of all trainers' gradients."""

@@ -1,31 +1,22 @@
-"""Prompts and rewards. The only module that knows a tokenizer: token ids go to the engines, and token ids come back."""
+"""The task: what is asked, and what answers are worth. Rows of files come from prompts.py, functions from rewards.py.
+
+The only module that knows a tokenizer: token ids go to the engines, and token ids come back.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import importlib.util
-import inspect
+import itertools
 import json
-import math
 import random
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import SupportsFloat
 
-from colocate.config import LONGEST_PROMPT, USAGE, Config, Stop, refuse_unless
+from colocate.config import LONGEST_PROMPT, USAGE, Config, Stop, refuse_unless, stage_timeouts
 from colocate.model_folder import Model
-from colocate.report import shorten
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    token_ids: list[int]
-    text: str | None = None  # None for a model without a tokenizer
-    row: dict = dataclasses.field(default_factory=dict)  # the line of --prompts; {"prompt": text} for the script's own
+from colocate.prompts import Prompt, read_prompts
+from colocate.report import short
+from colocate.rewards import Answer, Reward, TaskError, Workers, described, load_function, load_reward
 
 
 class Task:
@@ -34,31 +25,94 @@ class Task:
     A model without a tokenizer gets seeded token ids as prompts, and `multiples_of_8` as its reward.
     """
 
-    def __init__(self, config: Config, model: Model, prompts: list[str], reward: Callable[[str, str], float]):
+    def __init__(self, config: Config, model: Model, prompts: list[str], reward: Callable[..., object]):
         """prompts, reward: the script's own; --prompts and --reward replace them.
 
-        Raises Stop(USAGE) for a prompt that is empty, or longer than --max-model-len allows.
+        Raises Stop(USAGE) for prompts that are empty, too long or too few, and for a chat without a chat template.
         """
         self.config = config
         self.model = model
+        self.notes: list[str] = []  # what a user should be told
         self.stop_token_ids: list[int] = []  # for engines that have no tokenizer
+        self.held_out: list[Prompt] = []  # of --eval-prompts
+        self.rollout_function: tuple[Callable, str] | None = None  # and its name
         if not model.has_tokenizer:
             refuse_text(config)
             return
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-        if self.tokenizer.eos_token_id is not None:
-            self.stop_token_ids = [self.tokenizer.eos_token_id]
+        self.stop_token_ids = end_tokens(self.tokenizer.eos_token_id, model.folder)
         rows = {f"PROMPTS[{i}]": {"prompt": text} for i, text in enumerate(prompts)}
         if config.prompts:
-            rows = read_prompts(config.prompts)
+            rows = read_prompts(config.prompts, config.prompt_column, config.split)
         refuse_unless(bool(rows), "PROMPTS is empty. Add a prompt, or try: --prompts FILE.jsonl")
-        texts = [row["prompt"] for row in rows.values()]
-        encoded = self.tokenizer(texts)["input_ids"]  # with special tokens, as vLLM encodes a prompt
-        check_lengths(config, dict(zip(rows, map(len, encoded), strict=True)))
-        self.dataset = [Prompt(*parts) for parts in zip(encoded, texts, rows.values(), strict=True)]
-        self.reward_function = load_reward(config.reward) if config.reward else Reward(reward, "reward")
+        self.dataset = self._encode(rows, config.prompt_column if config.prompts else "prompt")
+        if config.prompts:
+            require_a_step(config, len(self.dataset))
+        if config.eval_prompts:
+            rows = read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
+            self.held_out = self._encode(rows, config.prompt_column)
+        self.rollout_function = load_function(config.rollout, "--rollout") if config.rollout else None
+        self.reward_functions = [Reward(reward, "reward")]
+        if config.reward:
+            self.reward_functions = [load_reward(where) for where in config.reward]
+        for function in self.reward_functions:
+            function.check_columns(self.dataset[0].row)
+        self.workers: Workers | None = None
+        if config.reward and config.reward_workers:
+            timeout_s = stage_timeouts(config).get("reward", config.timeout)
+            self.workers = Workers(config.reward_workers, timeout_s)
+
+    # --- prompts
+
+    def _encode(self, rows: dict[str, dict], column: str) -> list[Prompt]:
+        """The prompts of these rows, without those that --overlong drop takes out.
+
+        Text is encoded with special tokens, as vLLM does it; a chat by the tokenizer's template, which has them.
+        """
+        chats = {place: self._chat(row[column]) for place, row in rows.items()}
+        texts = {place: row[column] for place, row in rows.items()}
+        for place, messages in chats.items():
+            if messages:
+                texts[place] = self._apply_template(messages, place)
+        plain = [place for place in rows if not chats[place]]
+        encoded = dict(zip(plain, self.tokenizer([texts[p] for p in plain])["input_ids"], strict=True)) if plain else {}
+        for place in rows.keys() - encoded.keys():
+            encoded[place] = self.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
+        lengths = {place: len(encoded[place]) for place in rows}
+        check_lengths(self.config, lengths)
+        kept = [place for place in rows if lengths[place] <= self.config.longest_prompt]
+        if len(kept) < len(rows):
+            count = f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {self.config.longest_prompt} tokens"
+            self.notes.append(f"{count}, and are left out (--overlong drop)")
+        return [Prompt(encoded[place], texts[place], rows[place], chats[place]) for place in kept]
+
+    def _chat(self, prompt: str | list[dict]) -> list[dict] | None:
+        """The messages of a prompt that is a chat: of one that is none, if --system makes it one."""
+        system = self.config.system
+        if isinstance(prompt, str) and system is None:
+            return None
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if system is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": system}, *prompt]
+        # A column of `datasets` has the same keys in all rows, some of them without a value.
+        return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+    def _apply_template(self, messages: list[dict], place: str) -> str:
+        """The chat as text, up to where the model goes on. Raises Stop(USAGE) if the template does not take it."""
+        name = self.config.resume or self.config.model
+        message = f"{place} is a chat, and the tokenizer of {name} has no chat template"
+        fix = "Give a --model that is made for chats, or prompts that are text, without --system"
+        refuse_unless(bool(self.tokenizer.chat_template), f"{message}. {fix}")
+        goes_on = messages[-1]["role"] == "assistant"  # it has begun to answer
+        where = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **where)
+        except Exception as error:  # of jinja, and what the template itself raises
+            message = f"{place} does not fit the chat template of {name} ({short(error)})"
+            raise Stop(f"{message}. Check the roles of its messages", USAGE) from None
 
     def proof_prompts(self) -> list[list[int]]:
         """Token ids of the first four prompts, for the proof of the push."""
@@ -77,19 +131,93 @@ class Task:
         """Of the sampler in this step. Each completion adds its number, so seeds of steps and runs are far apart."""
         return 1_000_000 * (1000 * self.config.seed + step)
 
-    def reward(self, prompt: Prompt, tokens: list[int]) -> float:
-        """What the reward function says of a completion.
+    def sampling(self) -> dict:
+        """Of a rollout: arguments of vllm.SamplingParams."""
+        config = self.config
+        options = {"n": config.group_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
+        options |= {"top_p": config.top_p, "top_k": config.top_k}
+        options |= {"stop_token_ids": self.stop_token_ids}
+        if config.stop:  # strings, which the engine can only find in text
+            options |= {"stop": list(config.stop), "detokenize": True}
+        return options
 
-        Raises Stop, with the function and the prompt named, if it raises an error or returns no finite number.
+    def rollout(
+        self, generate: Callable[..., list[dict]], prompts: list[Prompt], seed: int | None = None, **changes
+    ) -> list[dict]:
+        """Samples of these prompts, --group-size of each in order. changes: of `sampling`.
+
+        generate: token ids of prompts, `seed` and arguments of vllm.SamplingParams in, samples out. With --rollout, its
+        function is asked, with each prompt as often as there are samples of it: see docs/task.md. Raises Stop, with the
+        function named, if it raises an error, or if what it returns cannot be learned from.
+        """
+        sampling = self.sampling() | changes
+        if not self.rollout_function:
+            return generate([prompt.token_ids for prompt in prompts], seed=seed, **sampling)
+        function, name = self.rollout_function
+        asked = [prompt for prompt in prompts for _ in range(sampling.pop("n"))]
+        turns = itertools.count()
+
+        def turn(token_ids: list[list[int]], **more) -> list[dict]:
+            """One turn: a sample of each of these prompts, with noise of its own."""
+            own = None if seed is None else seed + next(turns)
+            return generate(token_ids, seed=own, **sampling | more)
+
+        try:
+            samples = function(turn, asked, self)
+        except Stop:
+            raise
+        except Exception as error:
+            raise TaskError(f"rollout: {name} raised {described(error)}") from error
+        for i in range(len(asked)):
+            wrong = what_is_wrong(samples, len(asked), i)
+            found = f"rollout: {name} returned {wrong} for the prompt {short(asked[i].text)}"
+            if wrong:
+                raise TaskError(f"{found}. See docs/task.md")
+        return samples
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that goes on in a conversation: without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # --- rewards
+
+    def score(self, prompts: list[Prompt], samples: list[dict]) -> None:
+        """Give each sample its "reward"; and "rewards", {function: what it said}, if there are several.
+
+        samples: equally many for each of the prompts. Raises TaskError, with the function and the prompt named, if
+        one raises an error, hangs, or returns no finite number.
         """
         if not self.model.has_tokenizer:
-            return multiples_of_8(tokens)
+            for sample in samples:
+                sample["reward"] = multiples_of_8(sample["tokens"])
+            return
+        n = len(samples) // len(prompts)
+        answers = [Answer(prompts[i // n], self.text(s["tokens"]), s["tokens"]) for i, s in enumerate(samples)]
         try:
-            return self.reward_function(prompt, self.text(tokens))
-        except Stop as stop:
-            if self.config.verbose and stop.__cause__:
-                traceback.print_exception(stop.__cause__)
+            columns = [self._values(i, answers) for i in range(len(self.reward_functions))]
+        except TaskError as error:
+            if self.config.verbose and error.__cause__:
+                traceback.print_exception(error.__cause__)
             raise
+        names = [function.name for function in self.reward_functions]
+        weights = self.config.weights_of_rewards
+        for sample, answer, *values in zip(samples, answers, *columns, strict=True):
+            said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+            if not said:
+                found = f"reward: {' and '.join(names)} returned None for the prompt {short(answer.prompt.text)}"
+                raise TaskError(f"{found}. One must return a number")
+            sample["reward"] = sum(said)
+            if len(names) > 1:
+                sample["rewards"] = dict(zip(names, values, strict=True))
+
+    def _values(self, i: int, answers: list[Answer]) -> list[float | None]:
+        """What the i-th reward function says."""
+        function = self.reward_functions[i]
+        if self.workers:
+            return self.workers(self.config.reward[i], answers)
+        if function.of_lists:
+            return function(answers)
+        return [function([answer])[0] for answer in answers]
 
     def text(self, tokens: list[int]) -> str | list[int]:
         """A completion as vLLM would decode it; the ids themselves for a model without a tokenizer.
@@ -103,6 +231,33 @@ class Task:
         letter = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         start = len(self.tokenizer.decode(letter, **options))
         return self.tokenizer.decode([*letter, *tokens], **options)[start:].rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def what_is_wrong(samples: object, count: int, i: int) -> str:
+    """With the i-th of so many samples that a rollout function returned; "": nothing."""
+    if not isinstance(samples, list) or len(samples) != count:
+        return f"no list of {count} samples, one of each prompt, but {short(samples)}"
+    sample = samples[i]
+    keys = {"prompt", "tokens", "logprobs", "truncated"}
+    if not isinstance(sample, dict) or keys - sample.keys():
+        return f"a sample without {', '.join(sorted(keys - set(sample)))}"
+    sizes = {len(sample[key]) for key in ("tokens", "logprobs", "mask") if key in sample}
+    if len(sizes) > 1:
+        return f"a sample with {len(sample['tokens'])} tokens, and logprobs or a mask of another length"
+    if not sample["tokens"]:
+        return "a sample without a token"
+    return ""
+
+
+def end_tokens(eos_token_id: int | None, folder: Path) -> list[int]:
+    """Ids that end a completion: the tokenizer's, and those of generation_config.json (of chat models often others)."""
+    found = [] if eos_token_id is None else [eos_token_id]
+    try:
+        more = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        more = None
+    more = more if isinstance(more, list) else [more]
+    return list(dict.fromkeys([*found, *(token for token in more if isinstance(token, int))]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,153 +279,60 @@ def multiples_of_8(tokens: list[int]) -> float:
 
 def refuse_text(config: Config) -> None:
     """Raise Stop(USAGE) for flags that are about text."""
-    flags = [flag for flag, value in (("--prompts", config.prompts), ("--reward", config.reward)) if value]
+    names = ("prompts", "reward", "system", "stop", "eval_prompts", "rollout")
+    flags = ["--" + name.replace("_", "-") for name in names if getattr(config, name)]
     name = config.resume or config.model or "the default model here"
     message = f"{' and '.join(flags)}: text needs a tokenizer, and {name} has none. Give a --model that has one"
     refuse_unless(not flags, message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The user's files
+# What can be wrong with it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_task(config: Config) -> None:
-    """Read --prompts and --reward, before a model is fetched. Raises Stop(USAGE) for what needs no tokenizer to see."""
+    """Read --prompts and --reward, before a model is fetched. Raises Stop for what needs no tokenizer to see."""
+    for where in config.reward:
+        load_reward(where)
+    if config.rollout:
+        load_function(config.rollout, "--rollout")
+    if config.eval_prompts:
+        read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
     if config.prompts:
-        read_prompts(config.prompts)
-    if config.reward:
-        load_reward(config.reward)
+        rows = read_prompts(config.prompts, config.prompt_column, config.split)
+        require_a_step(config, len(rows))
+        for where in config.reward:
+            load_reward(where).check_columns(next(iter(rows.values())))
 
 
-@functools.cache  # a pipe can be read once
-def read_prompts(path: str) -> dict[str, dict]:
-    """{place in the file: row} of a file with one JSON object a line. Blank lines do not count.
-
-    Each row has a "prompt", a string, and whatever else its line has. Raises Stop(USAGE) for a file of another kind.
-    """
-    hint = 'Each line must be a JSON object like {"prompt": "1 + 1 =", "answer": "2"}'
-    try:
-        lines = Path(path).expanduser().read_bytes().splitlines()
-    except OSError as error:
-        raise Stop(f"--prompts {path} cannot be read: {error.strerror}. Give another file. {hint}", USAGE) from None
-    rows = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"--prompts {path}, line {number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no tokenizer takes it
-        except (ValueError, RecursionError) as error:
-            raise Stop(f"{place} is no JSON in UTF-8 ({getattr(error, 'msg', error)}). {hint}", USAGE) from None
-        refuse_unless(isinstance(row, dict), f"{place} is no JSON object. {hint}")
-        refuse_unless(isinstance(row.get("prompt"), str), f'{place} has no "prompt" that is a string. {hint}')
-        rows[place] = row
-    refuse_unless(bool(rows), f"--prompts {path} is empty. {hint}")
-    return rows
+def require_a_step(config: Config, count: int) -> None:
+    """Raise Stop(USAGE) if the file's prompts are fewer than a step takes: it would have some of them twice."""
+    message = f"--prompts {config.prompts} has {count} prompts, fewer than --prompts-per-step {config.prompts_per_step}"
+    fix = f"Try: --prompts-per-step {count}" if count else "Try: --overlong error, which names them"
+    refuse_unless(count >= config.prompts_per_step or not config.steps, f"{message}. {fix}")
 
 
 def check_lengths(config: Config, lengths: dict[str, int]) -> None:
-    """Raise Stop(USAGE) for a prompt without tokens, or with more than `config.longest_prompt`.
+    """Raise Stop(USAGE) for a prompt without tokens, or with more than `config.longest_prompt` and no --overlong drop.
 
     lengths: {place of a prompt: tokens}.
     """
     empty = next((place for place, length in lengths.items() if not length), "")
     refuse_unless(not empty, f"{empty} is an empty prompt, without a token. Take it out")
-    longest = max(lengths, key=lengths.get)
-    length = lengths[longest]
+    overlong = {place: length for place, length in lengths.items() if length > config.longest_prompt}
+    if not overlong or (config.prompts and config.overlong == "drop"):
+        return
+    place, length = next(iter(overlong.items()))
+    found = f"{place} is a prompt of {length} tokens"
+    if len(overlong) > 1:
+        found += f", the first of {len(overlong)} that are too long"
     room = f"the script's own may have {LONGEST_PROMPT}. Put it into a file, and try: --prompts FILE.jsonl"
     if config.prompts:
+        longest = max(overlong.values())
         room = f"--max-model-len {config.max_model_len} leaves {config.longest_prompt} beside --max-tokens "
-        room += f"{config.max_tokens}. Try: --max-model-len {length + config.max_tokens}"
-    refuse_unless(length <= config.longest_prompt, f"{longest} is a prompt of {length} tokens; {room}")
-
-
-class Reward:
-    """A function of (prompt, completion), or of (prompt, completion, row). Messages about it name it."""
-
-    def __init__(self, function: Callable[..., float], name: str):
-        """name: for messages. Raises Stop(USAGE) if the function cannot be called in this way."""
-        self.function = function
-        self.name = name
-        self.takes_row = False
-        try:
-            signature = inspect.signature(function)
-        except ValueError:  # some built-in functions have none
-            return
-        kinds = {parameter.name: parameter.kind for parameter in signature.parameters.values()}
-        by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        self.takes_row = kinds.get("row") in by_keyword or inspect.Parameter.VAR_KEYWORD in kinds.values()
-        try:
-            signature.bind("", "", **self.keywords({}))
-        except TypeError:
-            message = f"{name}{signature} does not take a prompt and a completion"
-            raise Stop(f"{message}. Try: def {function.__name__}(prompt, completion, row)", USAGE) from None
-
-    def keywords(self, row: dict) -> dict[str, dict]:
-        return {"row": row} if self.takes_row else {}
-
-    def __call__(self, prompt: Prompt, completion: str) -> float:
-        """Raises Stop, with the function and the prompt named, if there is no finite number. An error is its cause."""
-        asked = f"for the prompt {short(prompt.text)}"
-        try:
-            value = self.function(prompt.text, completion, **self.keywords(prompt.row))
-        except Exception as error:
-            raise Stop(f"reward: {self.name} raised {described(error)} {asked}") from error
-        number = math.nan
-        # A tensor of several numbers and an integer of 400 digits cannot become one.
-        with contextlib.suppress(ValueError, TypeError, OverflowError, RuntimeError):
-            if isinstance(value, SupportsFloat):  # "1" does not
-                number = float(value)
-        if not math.isfinite(number):
-            raise Stop(f"reward: {self.name} returned {short(value)} {asked}. It must return a finite number")
-        return number
-
-
-@functools.cache  # the file is run once
-def load_reward(where: str) -> Reward:
-    """The function of --reward FILE.py:FUNCTION. Its file may import what lies beside it.
-
-    Raises Stop(USAGE) if there is no such file or function, and for an error in the file.
-    """
-    path, _, name = where.rpartition(":")
-    file = Path(path).expanduser().resolve()
-    example = f"{path or where}:{name if path else 'reward'}"
-    refuse_unless(
-        path.endswith(".py") and name.isidentifier(),
-        f"--reward {where} is no FILE.py:FUNCTION. Try: --reward {example}",
-    )
-    refuse_unless(file.is_file(), f"--reward {where}: there is no file {file}. Give one that has the function {name}")
-    spec = importlib.util.spec_from_file_location("user_reward", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    sys.path.append(str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        message = f"--reward {where} cannot be imported: {described(error, str(file))}"
-        raise Stop(f"{message}. Try: python {path}", USAGE) from None
-    function = getattr(module, name, None)
-    others = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == spec.name]
-    message = f"--reward {where}: {file.name} has no function {name}; it has {', '.join(others) or 'none'}"
-    refuse_unless(callable(function), f"{message}. Try: --reward {path}:{others[0] if others else 'FUNCTION'}")
-    return Reward(function, f"{file.name}:{name}")
-
-
-def described(error: BaseException, file: str = "") -> str:
-    """An error in the user's file: its type, its message and its line.
-
-    file: the user's; else the one that the first call below ours is in.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    file = file or frames[min(1, len(frames) - 1)].filename
-    lines = [frame.lineno for frame in frames if frame.filename == file]
-    place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""  # a SyntaxError's message has it already
-    return f"{type(error).__name__}: {short(error)}{place}"
-
-
-def short(value: object) -> str:
-    """In one line of at most 100 characters; strings in quotes."""
-    text = str(value) if isinstance(value, BaseException) else repr(value)
-    return shorten(" ".join(text.split()))
+        room += f"{config.max_tokens}. Try: --overlong drop, or --max-model-len {longest + config.max_tokens}"
+        if config.max_prompt_length and config.max_prompt_length == config.longest_prompt:
+            room = f"--max-prompt-length is {config.max_prompt_length}. Try: --overlong drop, or --max-prompt-length "
+            room += str(longest)
+    raise Stop(f"{found}; {room}", USAGE)

@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 
 from colocate import attention, grpo, logprobs  # noqa: E402
 from colocate.attention import VARLEN, attention_for  # noqa: E402
-from colocate.learner import Learner, default_learning_rate, join_group  # noqa: E402
+from colocate.config import Config  # noqa: E402
+from colocate.learner import Learner, default_learning_rate, join_group, learning_rate_factor  # noqa: E402
 from colocate.logprobs import ROUTES, Route  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ def samples(n: int = 8) -> list[dict]:
 
 
 def learner(model=None, **options):
-    defaults = {"learning_rate": 1e-2, "clip_range": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False}
+    defaults = {"learning_rate": 1e-2, "epsilon": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False}
     return Learner(model or tiny(), **defaults | options)
 
 
@@ -119,13 +120,133 @@ def test_advantages_are_normalised_within_each_group():
     assert found[4:] == [0, 0, 0, 0], "equal rewards teach nothing"
 
 
+def test_advantages_are_scaled_by_the_group_the_batch_or_not_at_all():
+    rewards = [0, 2, 5, 5]
+    centred = [-1, 1, 0, 0]
+    deviation = torch.tensor(rewards, dtype=torch.float64).std()
+    assert grpo.advantages(rewards, 2, "none") == centred
+    assert grpo.advantages(rewards, 2, "batch") == pytest.approx([c / float(deviation) for c in centred], rel=1e-3)
+    assert grpo.advantages(rewards, 2, "group") == pytest.approx([c / math.sqrt(2) for c in centred], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "ratio, advantage, objective", [(1.5, 1, 1.2), (0.5, -1, -0.8), (0.5, 1, 0.5), (1.5, -1, -1.5)]
 )
 def test_the_ratio_is_clipped_where_that_is_the_worse(ratio, advantage, objective):
-    loss, sums = grpo.grpo_loss(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), 1, 0.2)
-    assert float(loss) == pytest.approx(-objective)
-    assert float(sums["logprob_gap"]) == pytest.approx(abs(math.log(ratio)))
+    given = (torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), 1, 0.2)
+    assert float(grpo.grpo_loss(*given)[0]) == pytest.approx(-objective)
+    higher = 1.28 if (ratio, advantage) == (1.5, 1) else objective
+    assert float(grpo.grpo_loss(*given, epsilon_high=0.28)[0]) == pytest.approx(-higher)
+    apart = grpo.mismatch(*given[:2])
+    assert float(apart["logprob_gap"]) == pytest.approx(abs(math.log(ratio)))
+    assert float(apart["sampler_kl"]) == pytest.approx(ratio - 1 - math.log(ratio))
+
+
+def weighted(loss_type: str, **options) -> tuple[list[float], list[dict]]:
+    """(each completion's share of the loss if every token's objective is 1, the samples), of lengths 1, 2, 3 and 4."""
+    found = [{"tokens": [7] * n, "prompt": [5], "reward": n % 2, "truncated": n == 4} for n in (1, 2, 3, 4)]
+    grpo.credit(found, Config(group_size=2, max_tokens=4, loss_type=loss_type, **options))
+    count = grpo.learned_tokens(found)
+    return [s.get("weight", 1.0) * grpo.learned_tokens([s]) / count for s in found], found
+
+
+def test_the_loss_is_a_mean_over_tokens_or_completions():
+    assert weighted("dapo")[0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert weighted("grpo")[0] == pytest.approx([0.25] * 4)
+    assert weighted("dr_grpo")[0] == pytest.approx([n / 16 for n in (1, 2, 3, 4)])
+    shares, found = weighted("dapo", mask_truncated_completions=True)
+    assert shares == pytest.approx([1 / 6, 1 / 3, 1 / 2, 0]) and found[3]["mask"] == [0] * 4 and "mask" not in found[0]
+    assert all("weight" not in s for s in found), "dapo needs none, and its bits stay as they are"
+
+
+@pytest.mark.parametrize(
+    "kind, factors",
+    [("token", [2, 0.25, 3]), ("sequence", [2.0] * 3), ("sequence_mask", [2.0] * 3)],
+)
+def test_the_correction_weighs_tokens_or_sequences(kind, factors):
+    old = [math.log(x) for x in (0.4, 0.1, 0.8)]
+    sample = {"tokens": [7] * 4, "mask": [1, 1, 0, 1], "logprobs": [math.log(x) for x in (0.2, 0.4, 1, 0.2)]}
+    grpo.correct(sample, old, kind, 3.0)
+    assert sample["correction"] == pytest.approx(factors) and sample["old"] == old
+    grpo.correct(sample, old, kind, 1.5)
+    capped = {"token": [1.5, 0.25, 1.5], "sequence": [1.5] * 3, "sequence_mask": [0] * 3}
+    assert sample["correction"] == pytest.approx(capped[kind])
+
+
+def test_tokens_that_are_masked_are_not_learned_from():
+    """As if the loss had been summed over the others alone, with their tokens still in the context."""
+    found = samples()
+    for i, s in enumerate(found):
+        s["mask"] = [0] * len(s["tokens"]) if i == 2 else [int(t % 3 > 0) for t in range(len(s["tokens"]))]
+    both = {}
+    for packed in (True, False):
+        batch = grpo.collate(found, CPU, packed)
+        ids = batch.ids_BL.view(-1)[batch.predictors_N + 1]
+        assert torch.equal(ids, batch.targets_N) and len(ids) == grpo.learned_tokens(found) == len(batch.weight_N)
+        both[packed] = batch
+    assert torch.equal(both[True].sampler_N, both[False].sampler_N)
+    expected = [x for s in found for x, m in zip(s["logprobs"], s["mask"], strict=True) if m]
+    assert both[True].sampler_N.tolist() == pytest.approx(expected)
+    it = learner()
+    metrics = it.step(found, grpo.learned_tokens(found))
+    assert metrics["logprob_gap"] < 0.05 and metrics["masked"] == 0
+    none = learner()
+    before = [p.clone() for p in none.model.parameters()]
+    metrics = none.step([s | {"mask": [0] * len(s["tokens"])} for s in found], 1)
+    assert metrics["grad_norm"] == 0 and all(map(torch.equal, before, none.model.parameters()))
+
+
+def test_without_a_mismatch_the_corrections_change_nothing():
+    """The sampler's log-probabilities are the trainer's own, so that all factors are 1."""
+    found = samples()
+    it = learner()
+    own_N = logprobs.logprobs_of(it.model, grpo.collate(found, CPU, True), it.route)
+    for s, x in zip(found, own_N.split([len(s["tokens"]) for s in found]), strict=True):
+        s["logprobs"] = x.tolist()
+    plain = it.step([dict(s) for s in found], total(found))
+    for kind in ("token", "sequence", "sequence_mask"):
+        other = learner(correction=kind)
+        metrics = other.step([dict(s) for s in found], total(found))
+        assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+        assert metrics["effective"] == pytest.approx(1, abs=1e-3) and metrics["worst_token"] < 0.05
+    found[0]["logprobs"] = [x - 2 for x in found[0]["logprobs"]]
+    metrics = learner(correction="sequence_mask").step([dict(s) for s in found], total(found))
+    assert metrics["masked"] == pytest.approx(len(found[0]["tokens"]) / total(found))
+    assert metrics["worst_token"] == pytest.approx(2, abs=0.1) and metrics["effective"] < 0.9
+
+
+def test_several_optimizer_steps_on_a_rollout_count_as_one():
+    found = samples()
+    once, twice, again = learner(), learner(num_iterations=2), learner()
+    first = once.step(found, total(found))
+    metrics = twice.step(found, total(found))
+    again.step(found, total(found))
+    again.step(found, total(found))
+    assert twice.steps == 1 and metrics["logprob_gap"] == first["logprob_gap"] and metrics["loss"] != first["loss"]
+    assert all(map(torch.equal, twice.model.parameters(), again.model.parameters()))
+
+
+def test_a_temperature_divides_the_logits():
+    found = samples()
+    it = learner(temperature=0.5)
+    batch = grpo.collate(found, CPU, it.route.packed)
+    states_NH = logprobs.states(it.model, batch, it.route)
+    expected_NV = (logprobs.logits(it.model, states_NH, it.route).float() / 0.5).log_softmax(-1)
+    expected_N = expected_NV.gather(1, batch.targets_N[:, None])[:, 0]
+    assert torch.allclose(logprobs.logprobs_of(it.model, batch, it.route, 0.5), expected_N, atol=1e-5)
+    for s, x in zip(found, expected_N.split([len(s["tokens"]) for s in found]), strict=True):
+        s["logprobs"] = x.tolist()
+    assert it.step(found, total(found))["logprob_gap"] < 1e-4
+
+
+def test_the_learning_rate_follows_its_schedule():
+    rates = {kind: [learning_rate_factor(i, kind, 2, 6) for i in range(8)] for kind in ("constant", "linear", "cosine")}
+    assert rates["constant"] == [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert rates["linear"] == [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert rates["cosine"] == pytest.approx([0.5, 1, 1, 0.8536, 0.5, 0.1464, 0, 0], abs=1e-4)
+    found = samples()
+    it = learner(lr_scheduler="linear", scheduled_steps=2)
+    assert [it.step(found, total(found))["learning_rate"] for _ in range(3)] == [1e-2, 5e-3, 0]
 
 
 def uneven(n: int = 40, longest: int = 60) -> list[dict]:
@@ -453,7 +574,7 @@ def test_random_weights_learn_faster_unless_a_rate_is_given():
     model = tiny()
     assert default_learning_rate(model, random_weights=False) == 1e-5
     assert default_learning_rate(model, random_weights=True) == 1e-2, "a hidden size of 32"
-    options = {"clip_range": 0.2, "kl_coef": 0.0, "offload": False}
+    options = {"epsilon": 0.2, "kl_coef": 0.0, "offload": False}
     rates = [Learner(model, True, learning_rate=rate, **options).optimizer.defaults["lr"] for rate in (None, 3e-4)]
     assert rates == [1e-2, 3e-4]
 

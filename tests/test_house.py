@@ -30,6 +30,8 @@ MUST_NOT_KNOW = {
     "fleet": {"torch", "vllm", "transformers", "rlhf_utils"},
     "checkpoint": {"torch", "ray", "vllm"},
     "tasks": {"torch", "ray", "vllm", "rlhf_utils"},
+    "prompts": {"torch", "ray", "vllm", "transformers"},
+    "rewards": {"torch", "ray", "vllm", "transformers", "colocate.tasks"},
     "verify": {"ray", "colocate.fleet"},
     "preload": {"ray", "colocate.fleet"},
     "preflight": {"ray", "vllm", "colocate.fleet"},

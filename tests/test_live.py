@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from benchmarks import drills
 from colocate import checks
 from colocate.config import Lost, Stop
 from colocate.grpo import advantages
+from colocate.preflight import load_trainer_state
+from colocate.rewards import TaskError
 
 pytestmark = pytest.mark.e2e
 
@@ -238,6 +241,30 @@ def test_trainers_that_start_again_from_a_checkpoint_go_on_bitwise(live):
     again = live(learn, 1, None)[1]
     assert not message and first[0]["step"] == 3
     assert [first[0][key] for key in same] == [again[0][key] for key in same]
+
+
+def fail_in_the_second_step(layout: Shared) -> tuple[str, int, int]:
+    """The reward does. (The message, steps before that, steps in the checkpoint that is left.)"""
+    task = copy.copy(layout.task)
+    scored = []
+
+    def score(prompts: list, samples: list[dict]) -> None:
+        scored.append(samples)
+        if len(scored) == 2:
+            raise TaskError("reward: mine.py:f raised KeyError")
+        layout.task.score(prompts, samples)
+
+    task.score = score
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint")
+        report = layout.change(steps=3, checkpoint=str(path))
+        message = refused(rc.learn, layout, task, layout.answers())
+        return message, report.data["steps"][-1]["step"], load_trainer_state(path / "trainer_state.pt")["steps"]
+
+
+def test_a_reward_that_fails_leaves_the_last_whole_step(live):
+    message, done, saved = live(fail_in_the_second_step)
+    assert message == "reward: mine.py:f raised KeyError" and done == saved == 3
 
 
 def save_twice(layout: Shared) -> tuple[list[str], list[str]]:

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from running import deadline
 
-from colocate import checkpoint, checks, cluster, trainer_state
+import rlhf_colocate
+from colocate import checkpoint, checks, cluster, trackers, trainer_state
 from colocate import config as cc
 from colocate import preflight as rp
 from colocate.config import MISSING, USAGE, Config, Lost, Stop
+from colocate.model_folder import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,7 +218,7 @@ def test_no_nvidia_smi_is_no_gpu(tmp_path, monkeypatch):
         {"timeout": math.inf},
         {"kl_coef": math.nan},
         {"learning_rate": math.inf},
-        {"clip_range": 0.0},
+        {"epsilon": 0.0},
         {"logprob_tolerance": -0.1},
         {"engine_gpu_share": 0.0},
         {"gpu_memory_utilization": 1.0},
@@ -245,9 +247,69 @@ def test_flags_that_exclude_each_other():
         cc.check_loop(Config(resume="saved", load_format="dummy"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "metrics", "plot", "reward"])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("{", "--engine-args { is no JSON object. Try: --engine-args '{"),
+        ("[1]", "is no JSON object"),
+        ('{"blocksize": 32}', "has blocksize, which vLLM does not know. Did you mean block_size?"),
+        ('{"dtype": "half"}', "sets dtype, which this script sets. Try: --dtype"),
+        ('{"hf_overrides": {}}', "sets hf_overrides, which this script sets. Leave it out"),
+    ],
+)
+def test_engine_args_that_vllm_does_not_know_are_refused(given, says):
+    pytest.importorskip("vllm")
+    known = rp.known_engine_args()
+    with refused(USAGE, says):
+        cc.check_engine_args(Config(engine_args=given), known)
+    cc.check_engine_args(Config(engine_args='{"block_size": 32}'), known)
+
+
+def test_the_scripts_own_engine_args_are_all_known():
+    pytest.importorskip("vllm")
+    known = rp.known_engine_args()
+    colocation = object.__new__(rlhf_colocate.Colocation)
+    colocation.config = Config(engine_args='{"block_size": 32, "seed": 7}')
+    colocation.model = Model(Path(), Path(), "auto", {})
+    args = colocation.engine_args()
+    assert set(args) - {"block_size"} == set(cc.OWN_ENGINE_ARGS) and set(args) <= known
+    assert args["block_size"] == 32 and args["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"eval_every": 5}, "--eval-every needs prompts to evaluate with. Try: --eval-prompts FILE.jsonl"),
+        ({"save_best": "best"}, "--save-best needs prompts to evaluate with"),
+        ({"resume": "saved", "lr_scheduler": "linear"}, "Try: --scheduled-steps with their sum"),
+    ],
+)
+def test_flags_that_need_another_one(values, says):
+    with refused(USAGE, says):
+        cc.check_loop(Config(**values))
+
+
+def test_when_there_is_an_evaluation():
+    def steps(first: int = 1, **settings) -> list[int]:
+        config = Config(**{"eval_prompts": "held-out.jsonl"} | settings)
+        return [step for step in range(first - 1, 13) if config.evaluates_after(step, first, 12)]
+
+    assert steps() == [0, 12] and steps(eval_every=5) == [0, 5, 10, 12] and steps(first=6, eval_every=5) == [5, 10, 12]
+    assert steps(eval_prompts=None) == []
+    assert Config(eval_prompts="x", save_best="best", eval_every=5).compares_after(5, 1, 12), "before a save"
+
+
+def test_where_the_metrics_go_to_must_be_there(monkeypatch):
+    with refused(USAGE, "--report-to tensorbord is none of tensorboard, wandb, trackio"):
+        trackers.check("tensorbord")
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with refused(MISSING, "--report-to wandb needs its library. Try: pip install wandb"):
+        trackers.check("wandb")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "metrics", "plot", "reward", "rollout", "eval_prompts", "report_to"])
 def test_what_only_steps_use_is_refused_without_a_step(name):
-    with refused(USAGE, f"--{name}: there is no RLHF step, since --steps is 0"):
+    with refused(USAGE, f"--{name.replace('_', '-')}: there is no RLHF step, since --steps is 0"):
         cc.check_loop(Config(steps=0, **{name: "somewhere"}))
     cc.check_loop(Config(steps=0, prompts="of the proof", resume="saved", trace="out", output_json="out"))
 
@@ -264,6 +326,10 @@ def test_outputs_are_tried(tmp_path):
     rp.check_outputs(Config(metrics="/dev/null", output_json="/dev/null"))
     with refused(USAGE, "is replaced whole"):
         rp.check_outputs(Config(checkpoint=str(tmp_path / "out"), metrics=str(tmp_path / "out/m.jsonl")))
+    with refused(USAGE, "is in the folder of --save-best, which is replaced whole"):
+        rp.check_outputs(Config(save_best=str(tmp_path / "out"), checkpoint=str(tmp_path / "out/last")))
+    with refused(USAGE, "--save-best " + str(tmp_path)):
+        rp.check_outputs(Config(save_best=str(tmp_path)))
     with refused(USAGE, "--output-json and --metrics are both"):
         rp.check_outputs(Config(metrics=str(tmp_path / "one"), output_json=str(tmp_path / "one")))
 

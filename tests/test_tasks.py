@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from running import ROOT, deadline
+from running import ROOT, deadline, eventually
 
 import rlhf_colocate as rc
-from colocate.config import FAIL, USAGE, Config, Stop, check_loop
+from colocate.config import FAIL, MISSING, USAGE, Config, Stop, check_loop
 from colocate.memory import rehearsal_kv_bytes
 from colocate.model_folder import Model
-from colocate.tasks import Task, check_task, load_reward, multiples_of_8, read_prompts, token_prompts
+from colocate.prompts import json_lines, read_prompts
+from colocate.rewards import load_reward
+from colocate.tasks import Task, check_task, multiples_of_8, token_prompts
 
 TEXTS = [
     "The capital of France is",
@@ -86,7 +91,15 @@ def file(tmp_path):
 
 
 def task(model: Model, **settings) -> Task:
-    return Task(Config(**settings), model, TEXTS, length_of_both)
+    """Rewards in this process, which is quicker, and two prompts a step."""
+    return Task(Config(**{"reward_workers": 0, "prompts_per_step": 2} | settings), model, TEXTS, length_of_both)
+
+
+def worth(it: Task, prompt, tokens: list[int]) -> float:
+    """What the reward says of one answer."""
+    sample = {"tokens": tokens}
+    it.score([prompt], [sample])
+    return sample["reward"]
 
 
 def message(code: int, function, *args) -> str:
@@ -127,7 +140,7 @@ def test_a_model_without_a_tokenizer_gets_token_ids(bare):
     assert [p.token_ids for p in it.prompts(2)] == token_prompts(bare.config, "5 2", 3, 16)
     assert {p.text for p in it.prompts(2)} == {None} and it.stop_token_ids == []
     assert all(10 <= t < 500 for ids in it.proof_prompts() for t in ids)
-    assert it.reward(it.prompts(0)[0], [8, 16, 3, 5]) == 0.5 == multiples_of_8([8, 16, 3, 5])
+    assert worth(it, it.prompts(0)[0], [8, 16, 3, 5]) == 0.5 == multiples_of_8([8, 16, 3, 5])
     assert it.text([8, 16]) == [8, 16]
     assert (
         task(Model(bare.folder, bare.folder, "dummy", {"text_config": {"vocab_size": 11}})).proof_prompts()[0]
@@ -158,7 +171,7 @@ def test_text_is_what_vllm_would_decode(model, completion):
     for end in range(len(tokens) + 1):  # also in the middle of a character
         assert it.text(tokens[:end]) == decoded_by_vllm(it, prompt, tokens[:end])
     assert it.text([*tokens, it.tokenizer.eos_token_id]) == it.text(tokens)
-    assert it.reward(it.prompts(0)[0], tokens) == len(it.prompts(0)[0].text) + len(it.text(tokens))
+    assert worth(it, it.prompts(0)[0], tokens) == len(it.prompts(0)[0].text) + len(it.text(tokens))
 
 
 def test_the_scripts_own_reward():
@@ -175,8 +188,8 @@ def test_the_scripts_own_reward():
 
 def test_prompts_of_a_file_replace_the_scripts(model, file):
     path = file("q.jsonl", '{"prompt": "1 + 1 =", "answer": "2"}\n\n{"prompt": "tea\\n", "answer": 3}')
-    it = task(model, prompts=path, prompts_per_step=3)
-    assert [p.text for p in it.prompts(0)] == ["1 + 1 =", "tea\n", "1 + 1 ="]
+    it = task(model, prompts=path, prompts_per_step=2)
+    assert [p.text for p in it.prompts(1)] == ["1 + 1 =", "tea\n"]
     assert it.prompts(0)[1].row == {"prompt": "tea\n", "answer": 3}
     assert len(it.proof_prompts()) == 2
 
@@ -188,7 +201,8 @@ def test_prompts_of_a_file_replace_the_scripts(model, file):
         ("\n \n", "q.jsonl is empty"),
         ('{"prompt": "a"}\n\n{"prompt": }', "line 3 is no JSON in UTF-8 (Expecting value)"),
         ('{"prompt": "a"}\n["b"]', "line 2 is no JSON object"),
-        ('{"question": "a"}', 'line 1 has no "prompt" that is a string'),
+        ('{"prompt": []}', 'line 1 has no "prompt" that is a string or a list of chat messages'),
+        ('{"prompt": [{"role": "user"}]}', 'line 1 has no "prompt" that is a string'),
         ('{"prompt": ["a"]}', 'line 1 has no "prompt" that is a string'),
         (b'{"prompt": "\xff"}', "line 1 is no JSON in UTF-8"),
         ('{"prompt": "\\ud83e"}', "line 1 is no JSON in UTF-8"),
@@ -196,13 +210,151 @@ def test_prompts_of_a_file_replace_the_scripts(model, file):
     ],
 )
 def test_a_file_of_another_kind_is_refused(content, says, file):
-    config = Config(prompts=file("q.jsonl", content))
+    config = Config(prompts=file("q.jsonl", content), prompts_per_step=1)
     assert says in (said := message(USAGE, check_task, config)) and 'like {"prompt": "1 + 1 ="' in said
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     assert "q.jsonl cannot be read: No such file" in message(USAGE, read_prompts, str(tmp_path / "q.jsonl"))
-    assert "cannot be read: Is a directory" in message(USAGE, read_prompts, str(tmp_path))
+    assert "q.csv cannot be read: No such file" in message(USAGE, read_prompts, str(tmp_path / "q.csv"))
+    assert "cannot be read: Is a directory" in message(USAGE, json_lines, tmp_path, "--prompts q", "prompt")
+
+
+def test_a_missing_column_is_refused_with_those_that_are_there(model, file):
+    path = file("q.jsonl", '{"question": "1 + 1 =", "answer": "2"}')
+    said = message(USAGE, check_task, Config(prompts=path, prompts_per_step=1))
+    assert said.endswith("It has question, answer. Try: --prompt-column question")
+    it = task(model, prompts=path, prompt_column="question", prompts_per_step=1)
+    assert it.prompts(0)[0].text == "1 + 1 =" and it.prompts(0)[0].row["answer"] == "2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --prompts, by the library `datasets`
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "1 + 1 =", "answer": 2}, {"prompt": "tea", "answer": 3}, {"prompt": "Water", "answer": 4}]
+
+
+def written(folder: Path, kind: str) -> str:
+    """ROWS in a file or folder of this kind."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(ROWS)
+    if kind == "json":
+        (folder / "q.json").write_text(json.dumps(ROWS))
+    elif kind in ("csv", "parquet"):
+        getattr(rows, f"to_{kind}")(folder / f"q.{kind}")
+    elif kind == "folder":  # as a hub dataset's
+        (folder / "q.folder").mkdir()
+        rows.to_parquet(folder / "q.folder" / "train-0.parquet")
+    elif kind == "saved":
+        rows.save_to_disk(folder / "q.saved")
+    else:
+        datasets.DatasetDict(train=rows).save_to_disk(folder / "q.splits")
+    return str(folder / f"q.{kind}")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "folder", "saved", "splits"])
+def test_the_library_datasets_reads_other_kinds(kind, model, tmp_path, cache):
+    it = task(model, prompts=written(tmp_path, kind), prompts_per_step=3)
+    assert [p.row for p in it.prompts(0)] == ROWS
+
+
+def test_a_split_is_a_part(model, tmp_path, cache, file):
+    path = written(tmp_path, "csv")
+    assert [*read_prompts(path, split="train[1:2]").values()] == [ROWS[1]]
+    lines = file("q.jsonl", "\n".join(map(json.dumps, ROWS)))
+    assert [*read_prompts(lines, split="train[2:]").values()] == [ROWS[2]]
+    said = message(USAGE, check_task, Config(prompts=path, split="test"))
+    assert "q.csv cannot be read (" in said and said.endswith("Check the file, --split test")
+
+
+@pytest.mark.parametrize("name, content", [("q.json", "{"), ("q.csv", ""), ("q.parquet", "no parquet")])
+def test_a_file_that_datasets_cannot_read_is_refused(name, content, file, cache):
+    assert f"{name} cannot be read (" in message(USAGE, check_task, Config(prompts=file(name, content)))
+
+
+def test_an_empty_folder_is_refused(tmp_path, cache):
+    assert "cannot be read (" in message(USAGE, check_task, Config(prompts=str(tmp_path)))
+
+
+def test_datasets_is_asked_for_where_it_is_needed(file, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = message(MISSING, check_task, Config(prompts=file("q.csv", "prompt\ntea\n")))
+    assert said.endswith("is read by the library datasets, which is not installed. Try: pip install datasets")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chats
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %};{% endif %}{% endfor %}"
+TEMPLATE += "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+TEMPLATE += "{% if add_generation_prompt %};<assistant>{% endif %}"
+HELLO = [{"role": "user", "content": "tea"}]
+
+
+@pytest.fixture
+def chat_model(tmp_path) -> Model:
+    folder = save_tokenizer(tmp_path / "tokenizer", "byte-level")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    return Model(folder, folder, "auto", {"vocab_size": 600}, has_tokenizer=True)
+
+
+def chats(file, *messages: list[dict] | str) -> dict:
+    """Flags for prompts that are these chats."""
+    path = file("q.jsonl", "\n".join(json.dumps({"prompt": m, "answer": "2"}) for m in messages))
+    return {"prompts": path, "prompts_per_step": len(messages)}
+
+
+def test_chats_go_through_the_tokenizers_template(chat_model, file):
+    began = [*HELLO, {"role": "assistant", "content": "Well"}]
+    first, second = task(chat_model, **chats(file, HELLO, began)).prompts(0)
+    assert (first.text, second.text) == ("<user>tea;<assistant>", "<user>tea;<assistant>Well")
+    it = task(chat_model, **chats(file, HELLO, began))
+    assert first.token_ids == it.tokenizer(first.text, add_special_tokens=False)["input_ids"]
+    assert first.messages == HELLO and first.row["prompt"] == HELLO
+    assert it.stop_token_ids == [1, 7], "those of the generation config end a completion, too"
+
+
+def test_a_system_message_makes_chats(chat_model, file):
+    own = [{"role": "system", "content": "Hm"}, *HELLO]
+    it = task(chat_model, **chats(file, "Water", HELLO, own), system="Be brief")
+    assert [p.text for p in it.prompts(0)] == [
+        "<system>Be brief;<user>Water;<assistant>",
+        "<system>Be brief;<user>tea;<assistant>",
+        "<system>Hm;<user>tea;<assistant>",
+    ]
+    assert it.proof_prompts() == [p.token_ids for p in it.prompts(0)]
+
+
+def test_a_chat_without_a_template_is_refused(model, chat_model, file):
+    config = Config(**chats(file, HELLO), model="tiny")
+    said = message(USAGE, Task, config, model, TEXTS, length_of_both)
+    assert "q.jsonl, line 1 is a chat, and the tokenizer of tiny has no chat template. Give a --model" in said
+    tool = file("t.jsonl", json.dumps({"prompt": [{"role": "tool", "content": "5"}]}))
+    config = Config(prompts=tool, prompts_per_step=1, model="tiny")
+    said = message(USAGE, Task, config, chat_model, TEXTS, length_of_both)
+    assert "line 1 does not fit the chat template of tiny (no tools). Check the roles" in said
+
+
+def test_strings_that_stop_are_found_by_the_engine(model):
+    assert task(model).sampling() == {
+        "n": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": 16,
+        "stop_token_ids": [task(model).tokenizer.eos_token_id],
+    }
+    assert task(model, stop=("\n", "END")).sampling()["stop"] == ["\n", "END"]
+    assert Config.from_args(["--stop", "\n", "--stop", "END"]).stop == ("\n", "END")
 
 
 def test_prompts_may_come_by_a_pipe(model):
@@ -210,22 +362,31 @@ def test_prompts_may_come_by_a_pipe(model):
     reader, writer = os.pipe()
     os.write(writer, b'{"prompt": "tea"}\n')
     os.close(writer)
-    config = Config(prompts=f"/dev/fd/{reader}")
+    config = Config(prompts=f"/dev/fd/{reader}", prompts_per_step=1)
     check_task(config)
     os.close(reader)
-    assert [p.text for p in Task(config, model, TEXTS, length_of_both).prompts(0)] == ["tea"] * 8
+    assert [p.text for p in Task(config, model, TEXTS, length_of_both).prompts(0)] == ["tea"]
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_its_line(model, file):
     rows = [{"prompt": "tea"}, {"prompt": "🫖" * 30}, {"prompt": "🫖" * 20}]
     path = file("q.jsonl", "\n".join(map(json.dumps, rows)))
     whole = {"prompts": path, "max_tokens": 16, "max_model_len": 512}
-    longest = len(task(model, **whole).prompts(0)[1].token_ids)
+    lengths = [len(p.token_ids) for p in task(model, **whole, prompts_per_step=3).prompts(0)]
+    longest = max(lengths)
     task(model, **whole | {"max_model_len": longest + 16})
     config = Config(**whole | {"max_model_len": longest + 15})
     said = message(USAGE, Task, config, model, TEXTS, length_of_both)
     assert f"q.jsonl, line 2 is a prompt of {longest} tokens; --max-model-len {longest + 15} leaves" in said
-    assert said.endswith(f"Try: --max-model-len {longest + 16}")
+    assert said.endswith(f"Try: --overlong drop, or --max-model-len {longest + 16}")
+    config = Config(**whole, max_prompt_length=lengths[0])
+    said = message(USAGE, Task, config, model, TEXTS, length_of_both)
+    assert f"line 2 is a prompt of {longest} tokens, the first of 2 that are too long; --max-prompt-length is" in said
+    it = task(model, **whole, max_prompt_length=longest - 1, overlong="drop")
+    assert [p.row for p in it.prompts(0)] == [rows[0], rows[2]]
+    assert it.notes == [f"1 of 3 prompts have more than {longest - 1} tokens, and are left out (--overlong drop)"]
+    config = Config(**whole, max_prompt_length=lengths[0], overlong="drop", prompts_per_step=2)
+    assert "has 1 prompts, fewer than" in message(USAGE, Task, config, model, TEXTS, length_of_both)
 
 
 def test_a_prompt_of_the_script_has_its_own_limit(model):
@@ -240,6 +401,12 @@ def test_a_prompt_without_tokens_is_refused(file, tmp_path):
     path = file("q.jsonl", '{"prompt": "tea"}\n{"prompt": ""}')
     model = Model(folder, folder, "auto", {"vocab_size": 600}, has_tokenizer=True)
     assert "q.jsonl, line 2 is an empty prompt" in message(USAGE, task_of_file, model, path)
+
+
+def test_a_file_with_fewer_prompts_than_a_step_is_refused(file):
+    config = Config(prompts=file("q.jsonl", '{"prompt": "tea"}\n' * 3), prompts_per_step=4)
+    said = message(USAGE, check_task, config)
+    assert "q.jsonl has 3 prompts, fewer than --prompts-per-step 4. Try: --prompts-per-step 3" in said
 
 
 def task_of_file(model: Model, path: str) -> Task:
@@ -266,7 +433,7 @@ def test_text_without_a_tokenizer_is_refused(bare, file):
     reward = file("mine.py", "def reward(prompt, completion): return 1") + ":reward"
     said = message(USAGE, Task, Config(prompts=prompts, model="tiny"), bare, TEXTS, length_of_both)
     assert said == "--prompts: text needs a tokenizer, and tiny has none. Give a --model that has one"
-    said = message(USAGE, Task, Config(prompts=prompts, reward=reward), bare, TEXTS, length_of_both)
+    said = message(USAGE, Task, Config(prompts=prompts, reward=(reward,)), bare, TEXTS, length_of_both)
     assert said.startswith("--prompts and --reward: text needs a tokenizer, and the default model here has none")
 
 
@@ -278,31 +445,31 @@ def test_text_without_a_tokenizer_is_refused(bare, file):
 def test_a_reward_of_a_file_replaces_the_scripts(model, file):
     file("neighbour.py", "WORTH = 2")
     code = "from neighbour import WORTH\ndef mine(prompt, completion): return WORTH * (completion.strip() == 'tea')"
-    it = task(model, reward=file("mine.py", code) + ":mine")
+    it = task(model, reward=(file("mine.py", code) + ":mine",))
     tea, water = (it.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("tea", "water"))
-    assert [it.reward(it.prompts(0)[0], tokens) for tokens in (tea, water)] == [2, 0]
+    assert [worth(it, it.prompts(0)[0], tokens) for tokens in (tea, water)] == [2, 0]
 
 
 @pytest.mark.parametrize("signature", ["prompt, completion, row", "p, c, *, row=None", "p, c, **row"])
 def test_a_reward_gets_the_prompts_row_if_it_takes_it(signature, model, file):
     rows = file("q.jsonl", '{"prompt": "a", "answer": 5}\n{"prompt": "b", "answer": 7}')
     answer = "row['row']['answer']" if "**" in signature else "row['answer']"
-    it = task(model, prompts=rows, reward=file("mine.py", f"def f({signature}): return {answer}") + ":f")
-    assert [it.reward(prompt, [5]) for prompt in it.prompts(0)[:2]] == [5, 7]
+    it = task(model, prompts=rows, reward=(file("mine.py", f"def f({signature}): return {answer}") + ":f",))
+    assert [worth(it, prompt, [5]) for prompt in it.prompts(0)[:2]] == [5, 7]
 
 
 @pytest.mark.parametrize("value", ["True", "3", "__import__('numpy').float32(2.5)", "__import__('torch').tensor(0.5)"])
 def test_numbers_of_all_kinds_are_rewards(value, model, file):
-    it = task(model, reward=file("mine.py", f"def f(p, c): return {value}") + ":f")
-    assert it.reward(it.prompts(0)[0], [5]) == float(eval(value))
+    it = task(model, reward=(file("mine.py", f"def f(p, c): return {value}") + ":f",))
+    assert worth(it, it.prompts(0)[0], [5]) == float(eval(value))
 
 
 @pytest.mark.parametrize(
     "value", ["None", "'1'", "float('nan')", "float('inf')", "10**400", "[1.0]", "__import__('torch').ones(2)"]
 )
 def test_a_reward_must_be_a_finite_number(value, model, file):
-    it = task(model, reward=file("mine.py", f"def f(p, c): return {value}") + ":f")
-    said = message(FAIL, it.reward, it.prompts(0)[0], [5])
+    it = task(model, reward=(file("mine.py", f"def f(p, c): return {value}") + ":f",))
+    said = message(FAIL, worth, it, it.prompts(0)[0], [5])
     assert said.startswith(f"reward: mine.py:f returned {repr(eval(value))[:90]}")
     assert said.endswith("for the prompt 'The capital of France is'. It must return a finite number")
 
@@ -310,15 +477,15 @@ def test_a_reward_must_be_a_finite_number(value, model, file):
 def test_a_reward_that_raises_is_named_with_its_line_and_prompt(model, file, capsys):
     code = "import json\n\ndef f(prompt, completion):\n    return helper(completion)\n\n"
     code += "def helper(text):\n    return json.loads('no')\n"
-    it = task(model, reward=file("mine.py", code) + ":f", verbose=True)
-    said = message(FAIL, it.reward, it.prompts(0)[0], [5])
+    it = task(model, reward=(file("mine.py", code) + ":f",), verbose=True)
+    said = message(FAIL, worth, it, it.prompts(0)[0], [5])
     assert said.startswith(
         "reward: mine.py:f raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py, "
     )
     assert said.endswith("line 7) for the prompt 'The capital of France is'")
     assert "return json.loads('no')" in capsys.readouterr().err, "--verbose shows the traceback"
     own = Task(Config(), model, TEXTS, lambda prompt, completion: prompt / 2)
-    said = message(FAIL, own.reward, own.prompts(0)[0], [5])
+    said = message(FAIL, worth, own, own.prompts(0)[0], [5])
     assert "reward: reward raised TypeError: unsupported operand" in said and "(test_tasks.py, line " in said
     assert not capsys.readouterr().err
 
@@ -338,7 +505,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_prompt(model, file, cap
 )
 def test_a_file_without_such_a_reward_is_refused(code, name, says, file):
     path = file("mine.py", code)
-    assert says in message(USAGE, check_task, Config(reward=f"{path}:{name}"))
+    assert says in message(USAGE, check_task, Config(reward=(f"{path}:{name}",)))
 
 
 @pytest.mark.parametrize(
@@ -353,6 +520,145 @@ def test_a_file_without_such_a_reward_is_refused(code, name, says, file):
 )
 def test_a_reward_is_a_file_and_a_function(where, says):
     assert says in message(USAGE, load_reward, where)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards that are written for TRL, several of them, and their processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+# From here on as a user has it: lists in, a list out, and columns by their names.
+TRL = """
+def right(completions, answer, **kwargs):
+    assert kwargs["prompts"][0] and len(kwargs["completion_ids"]) == len(completions)
+    return [1.0 if a in c else None for c, a in zip(completions, answer)]
+
+def chat(prompts, completions):
+    return [len(p[-1]["content"]) + len(c[0]["content"]) for p, c in zip(prompts, completions)]
+
+def few(completions, **kwargs):
+    return [1.0]
+
+def one(completions, **kwargs):
+    return 1.0
+
+def bad(completions, answer, **kwargs):
+    return [float("nan") for _ in completions]
+
+def wrong(completions, answer, solution):
+    return [0.0 for _ in completions]
+
+def length(prompt, completion):
+    return len(completion.strip())
+"""
+
+
+def answered(it: Task, *texts: str) -> list[dict]:
+    return [{"tokens": it.tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+
+
+@pytest.fixture
+def trl(file):
+    path = file("trl.py", TRL)
+    return lambda *names: tuple(f"{path}:{name}" for name in names)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reward_of_trl_runs_unchanged_beside_a_plain_one(workers, model, file, trl):
+    rows = chats(file, "1 + 1 =", "2 + 2 =")
+    both = {"reward": trl("right", "length"), "reward_weights": "2,-0.5", "reward_workers": workers}
+    it = task(model, **rows, **both)
+    samples = answered(it, "2", "tea", "22", "")
+    it.score(it.prompts(0), samples)
+    assert [s["reward"] for s in samples] == [1.5, -1.5, 1.0, 0.0]
+    assert samples[1]["rewards"] == {"trl.py:right": None, "trl.py:length": 3}
+    if workers:
+        it.workers.kill()
+
+
+def test_a_reward_of_trl_gets_chats_as_messages(chat_model, file, trl):
+    it = task(chat_model, **chats(file, HELLO), reward=trl("chat"))
+    samples = answered(it, "two!")
+    it.score(it.prompts(0), samples)
+    assert samples[0]["reward"] == len("tea") + len("two!") and "rewards" not in samples[0]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("few", "trl.py:few returned 1 values for 2 completions, the first one for the prompt '1 + 1 ='"),
+        ("one", "trl.py:one returned 0 values for 2 completions, the first one"),
+        ("bad", "trl.py:bad returned nan for the prompt '1 + 1 ='. It must return a finite number"),
+        ("right", "trl.py:right returned None for the prompt '1 + 1 ='. One must return a number"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_of_trl_is_named(name, says, model, file, trl):
+    it = task(model, **chats(file, "1 + 1 ="), reward=trl(name))
+    assert says in message(FAIL, it.score, it.prompts(0), answered(it, "tea", "tea"))
+
+
+def test_a_column_that_is_missing_is_named_before_anything_slow(file, trl):
+    config = Config(**chats(file, "1 + 1 ="), reward=trl("wrong"))
+    assert "trl.py:wrong wants solution, and the prompts have only prompt, answer" in message(USAGE, check_task, config)
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3", "1,x", "1,nan", ","])
+def test_weights_are_a_number_for_each_reward(weights, trl):
+    said = message(USAGE, check_loop, Config(reward=trl("length", "right"), reward_weights=weights))
+    assert f"--reward-weights {weights} is not a number for each of 2 --reward. Try: --reward-weights 1,1" in said
+
+
+HANGING = """
+import os, time
+
+def hangs(prompt, completion, row):
+    if row["answer"] == "hang":
+        time.sleep(1000)
+    return 1
+
+def dies(prompt, completion, row):
+    os._exit(3)
+
+def raises(prompt, completion, row):
+    raise KeyError("no such thing")
+"""
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("hangs", "did not return within 1 s for the prompt 'second'. To wait longer: --stage-timeout reward=2"),
+        ("dies", "ended its process for the prompt 'first'"),
+        ("raises", "raised KeyError: 'no such thing' (hanging.py, line 13) for the prompt 'first'"),
+    ],
+)
+def test_a_reward_that_hangs_or_dies_is_named_with_its_prompt(name, says, model, file, capsys):
+    rows = [{"prompt": "first", "answer": "no"}, {"prompt": "second", "answer": "hang"}]
+    path = file("q.jsonl", "\n".join(map(json.dumps, rows)))
+    options = {"prompts": path, "reward": (file("hanging.py", HANGING) + ":" + name,), "stage_timeout": "reward=1"}
+    it = task(model, **options, reward_workers=1, verbose=True)
+    said = message(FAIL, it.score, it.prompts(0), answered(it, "tea", "tea"))
+    assert said.startswith(f"reward: hanging.py:{name} {says}")
+    assert name != "raises" or "no such thing" in capsys.readouterr().err
+    assert not multiprocessing.active_children(), "it is cut off"
+
+
+def test_the_processes_of_rewards_end_with_the_driver(file):
+    """However it ends: here it is killed while a reward is computed."""
+    reward = file("hanging.py", HANGING) + ":hangs"
+    code = f"""if True:
+        import multiprocessing, os, threading, time
+        from colocate.prompts import Prompt
+        from colocate.rewards import Answer, Workers
+        workers = Workers(1, 100)
+        hanging = Answer(Prompt([], "p", {{"answer": "hang"}}), "c", [])
+        threading.Thread(target=workers, args=({reward!r}, [hanging])).start()
+        time.sleep(0.2)
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=deadline(60))
+    pid = int(done.stdout)
+    assert eventually(lambda: not psutil.pid_exists(pid)), done.stderr
 
 
 def test_the_scripts_own_reward_is_looked_at_too(model):

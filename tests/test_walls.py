@@ -7,6 +7,7 @@ is heard while the others wait for it (test_live.py).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -19,10 +20,10 @@ from types import SimpleNamespace
 import pytest
 
 import rlhf_colocate as rc
-from colocate import cluster, fleet, sharding
+from colocate import cluster, fleet, sharding, trackers
 from colocate.config import FAIL, Config, Lost, Stop
 from colocate.memory import SleepLevel
-from colocate.report import Report
+from colocate.report import Report, equal_groups
 from colocate.watch import Watch
 
 SAMPLES = [{"prompt": [1], "tokens": [2, 3], "reward": 0.5}]
@@ -107,6 +108,71 @@ def failing(**files: str) -> Report:
         report.actor_spans = {"trainer 0": [("learn", 1000.0, 2.0)]}
         raise Stop("lost engine 0")
     return report
+
+
+def test_an_evaluation_has_a_mean_its_error_and_samples(tmp_path, signals, capsys):
+    pytest.importorskip("matplotlib")
+    files = {"plot": str(tmp_path / "plot.png"), "metrics": str(tmp_path / "metrics.jsonl")}
+    report = Report(Config(steps=3, **files), [])
+    samples = [{"prompt": [1], "tokens": [2], "reward": r, "rewards": {"right": r, "none": None}} for r in (0, 1, 1, 0)]
+    with report.verdict():
+        report.loop(0, 3)
+        assert report.evaluated(0, samples, str)
+        step(report, 1)
+        report.step(3, METRICS)
+        assert not report.evaluated(1, samples, str), "not better than before"
+        assert not report.evaluated(1, samples, str), "again, after a loss"
+        assert report.evaluated(2, samples[1:3], str)
+    rows = report.data["evals"]
+    assert [(e["step"], e["n"], e["reward"], e["rewards"]) for e in rows] == [
+        (0, 4, 0.5, {"right": 0.5}),
+        (1, 4, 0.5, {"right": 0.5}),
+        (2, 2, 1.0, {"right": 1.0}),
+    ]
+    assert rows[0]["se"] == pytest.approx((1 / 3 / 4) ** 0.5) and rows[2]["se"] == 0
+    assert rows[0]["samples"][1] == {"prompt": "[1]", "answer": "[2]", "reward": 1}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"eval": {k: v for k, v in rows[0].items() if k != "samples"}} and lines[1]["step"] == 1
+    assert (tmp_path / "plot.png").exists()
+    assert "after step 0: reward 0.5000 ± 0.2887 (standard error) of 4 prompts" in capsys.readouterr().out
+
+
+def test_groups_with_equal_rewards_are_counted():
+    assert equal_groups([1, 1, 0, 1, 0, 0], 2) == 2
+
+
+def tracked(name: str, folder: Path, monkeypatch) -> None:
+    """Two lines of metrics, into a folder, without a network."""
+    for variable in ("TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(variable, str(folder))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(folder)
+    report = Report(Config(steps=3, report_to=name), [])
+    with report.verdict():
+        report.loop(0, 3)
+        report.evaluated(0, SAMPLES, str)
+        step(report, 1)
+        report.step(3, METRICS)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_metrics_go_where_one_looks_at_curves(name, tmp_path, signals, monkeypatch, capfd):
+    if not importlib.util.find_spec(name):  # not imported yet: it reads its variables then
+        pytest.skip(f"{name} is not installed")
+    tracked(name, tmp_path, monkeypatch)
+    assert capfd.readouterr().out.endswith("PASS\n")
+    assert any(file.is_file() for file in tmp_path.rglob("*")), "written here"
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert {"reward", "loss", "seconds/rollout", "eval/reward"} <= set(events.Tags()["scalars"])
+        assert [(e.step, e.value) for e in events.Scalars("eval/reward")] == [(0, 0.5)]
+
+
+def test_numbers_for_curves_have_names_with_slashes():
+    line = {"step": 3, "reward": 0.5, "best": "text", "seconds": {"train": 2}, "gpu_used_gib": [1.0]}
+    assert trackers.numbers(line) == {"reward": 0.5, "seconds/train": 2.0}
 
 
 def test_a_run_that_failed_leaves_its_plot_its_trace_and_its_report(tmp_path, signals, capsys):
