@@ -35,7 +35,9 @@ def why_not() -> str:
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"hosts of namespaces need {', '.join(missing)}"
     try:
-        subprocess.run(["unshare", "--net", "ip", "link", "add", "bridge", "type", "bridge"], check=True, capture_output=True)
+        subprocess.run(
+            ["unshare", "--net", "ip", "link", "add", "bridge", "type", "bridge"], check=True, capture_output=True
+        )
     except subprocess.CalledProcessError as error:
         return f"no network namespace with a bridge can be made here: {error.stderr.decode().strip()}"
     return ""
@@ -54,7 +56,7 @@ class Namespaces:
         flags = [f"--{kind}" for kind in kinds]
         if "pid" in kinds:
             flags += ["--fork", "--kill-child", "--mount-proc"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         script = FIRST if "pid" in kinds else "echo; exec sleep infinity"
         self.outer = subprocess.Popen(["unshare", *flags, "sh", "-c", script], **pipes, preexec_fn=die_with_parent)
         self.outer.stdout.readline()
@@ -188,7 +190,9 @@ class Hosts:
 
     def wait_for_gpus(self, count: int, seconds: float = 60) -> None:
         """Until Ray has so many. Raises TimeoutError."""
-        code = f"import ray; ray.init('{self.address}', log_to_driver=False); print(ray.cluster_resources().get('GPU', 0))"
+        code = (
+            f"import ray; ray.init('{self.address}', log_to_driver=False); print(ray.cluster_resources().get('GPU', 0))"
+        )
         end = time.monotonic() + seconds
         env = os.environ | self.env
         while float(self.hosts[0].run(sys.executable, "-c", code, cwd="/", env=env).split()[-1]) != count:

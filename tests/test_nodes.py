@@ -1,0 +1,171 @@
+"""A layout on two hosts of a Ray cluster: where it goes, what is refused, and what happens when a host goes away."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from hosts import Host, Hosts, why_not
+from running import ROOT, TINY, deadline, eventually, hear_signals, require_proof, shape
+
+from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
+from colocate.nodes import Node, plan, require_room
+from colocate.preflight import differences
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without Ray
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nodes(*free: int, gpus: int = 8) -> list[Node]:
+    return [Node(f"id{i}", f"10.0.0.{i}", f"host{i}", gpus, n) for i, n in enumerate(free)]
+
+
+@pytest.mark.parametrize(
+    "free, count, tp, per_node, expected",
+    [
+        ((8,), 4, 2, None, [("host0", 4)]),
+        ((2, 8), 4, 2, None, [("host1", 4)]),  # all on one node, if one has room
+        ((2, 2), 4, 2, None, [("host0", 2), ("host1", 2)]),
+        ((3, 3), 4, 2, None, [("host0", 2), ("host1", 2)]),  # an engine is never split
+        ((2, 4, 8), 12, 4, None, [("host1", 4), ("host2", 8)]),
+        ((8, 8), 8, 2, 4, [("host0", 4), ("host1", 4)]),
+        ((8, 8), 4, 2, 3, [("host0", 2), ("host1", 2)]),
+        ((1, 1), 2, 2, None, []),  # not enough: what there is
+        ((2, 1), 4, 2, None, [("host0", 2)]),
+    ],
+)
+def test_where_a_layout_goes(free, count, tp, per_node, expected):
+    assert [(node.name, take) for node, take in plan(nodes(*free), count, tp, per_node)] == expected
+
+
+def test_nodes_that_cannot_hold_the_layout_are_refused_by_name():
+    found = nodes(2, 1, gpus=2)
+    with pytest.raises(Stop) as stop:
+        require_room(plan(found, 4, 2), found, 4, 2, "10.0.0.1:6379", ["host9 (10.0.0.9): another torch"])
+    assert stop.value.code == MISSING
+    text = str(stop.value)
+    assert "has 3 free GPUs, and 4 are needed, 2 on one node for each engine" in text
+    assert "host0 (10.0.0.0) has 2 of 2 free; host1 (10.0.0.1) has 1 of 2 free; host9 (10.0.0.9): another torch" in text
+    assert "Try: --num-gpus 2" in text
+    with pytest.raises(Stop, match="Try: --tensor-parallel-size 1"):
+        require_room([], nodes(1, 1), 2, 2, "auto")
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"min_gpus": 5}, "--min-gpus 5 must be .* from 2 .* to 4"),
+        ({"min_gpus": 1}, "--min-gpus 1 must be .* Try: --min-gpus 2"),
+        ({"gpus_per_node": 1}, "--gpus-per-node 1 holds no engine"),
+    ],
+)
+def test_flags_of_a_cluster_that_cannot_be(flags, says):
+    with pytest.raises(Stop, match=says) as stop:
+        check_layout(Config(**flags))
+    assert stop.value.code == USAGE
+
+
+def test_what_a_node_lacks_is_one_line_each():
+    ours = {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "shm_mib": 9000, "model": "abc"}
+    assert differences(ours, ours | {"versions": {"python": "3.11.9", "torch": "2.13.0"}}, "/m") == []
+    theirs = {"versions": {"python": "3.12.1", "torch": "2.12.0", "vllm": "0.32"}, "shm_mib": 10, "model": ""}
+    lines = differences(ours, theirs, "/m")
+    assert [re.split(r"[,.] ", line)[0] for line in lines] == [
+        "it has python 3.12",
+        "it has torch 2.12.0",
+        "it has vllm 0.32",
+        "the model's folder /m is not there",
+        "its /dev/shm has 10 MiB free",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On two hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not())
+TWO = ["--num-gpus", "4", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", "8"]
+TWO += ["--prompts-per-step", "4", "--group-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts with two logical GPUs each. The second has none of our files: Ray has to bring them."""
+    with Hosts(2) as made:
+        made[1].hide(ROOT, ".venv")
+        for host in made.hosts:
+            made.start_ray(host, 2)
+        made.wait_for_gpus(4, deadline(60))
+        yield made
+
+
+class Run:
+    """The script, in a host. at: {text: what to do when a line has it}, each once, in this order."""
+
+    def __init__(self, hosts: Hosts, host: Host, tmp_path, *arguments: str, at: list[tuple] = (), seconds: float = 300):
+        output = tmp_path / "report.json"
+        command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
+        command += ["--ray-address", hosts.address]
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "TMPDIR")} | hosts.env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options = {"env": env, "cwd": "/", "preexec_fn": hear_signals}
+        waiting = list(at)
+        lines = []
+        with subprocess.Popen(host.command(*command), **pipes, **options) as process:
+            alarm = threading.Timer(deadline(seconds), host.kill)
+            alarm.start()
+            for line in process.stdout:
+                lines.append(line)
+                print(line, end="")
+                if waiting and re.search(waiting[0][0], line):
+                    waiting.pop(0)[1]()
+            process.wait()
+            alarm.cancel()
+        self.code = process.returncode
+        self.output = "".join(lines)
+        self.report = json.loads(output.read_text()) if output.exists() else {}
+        assert not waiting, self.output
+
+
+def run_processes(host: Host) -> list[str]:
+    """Actors of a run on a host: Ray's own idle processes are the cluster's."""
+    actors = [text for text in host.processes().values() if re.match(r"ray::(?!IDLE|\w*Agent\b)", text)]
+    return actors + [text for text in host.processes().values() if "colocate.nodes" in text]
+
+
+def files_of_runs(host: Host) -> list[str]:
+    return [name for name in host.temporary() if name.startswith("rlhf-")] + [
+        name for name in host.shared_memory() if re.fullmatch(r"r[0-9a-f]{8}.*", name)
+    ]
+
+
+def kill_worker(host: Host) -> None:
+    """SIGKILL to one of vLLM's workers on a host."""
+    pids = [pid for pid, text in host.processes().items() if text.startswith("ray::RayWorkerProc")]
+    host.run("kill", "-9", str(pids[-1]))
+
+
+@pytest.mark.e2e
+@needs_hosts
+def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, tmp_path):
+    first, second = hosts
+    at = [(r"\[step\] .*1/", lambda: kill_worker(second)), (r"\[step\] .*4/", second.kill)]
+    flags = ["--steps", "6", "--max-restarts", "2", "--min-gpus", "2"]
+    run = Run(hosts, first, tmp_path, *TWO, *flags, *shape(tmp_path, **TINY), at=at)
+    assert run.code == PASS, run.output
+    require_proof(run.report)
+    rows = run.report["placement"]
+    assert [row["node"] for row in rows] == ["host1 (10.77.0.1)"] * 2 + ["host2 (10.77.0.2)"] * 2
+    assert [row["engine"] for row in rows] == [0, 0, 1, 1] and len({row["gpu"] for row in rows}) == 4
+    worker, host = run.report["losses"]
+    assert worker["lost"] == ["engine 1"] and re.search("engine 1 rank . .* has ended on host2", worker["message"])
+    assert "the node host2 (10.77.0.2) is gone" in host["message"] and "Traceback" not in run.output
+    assert [row["step"] for row in run.report["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert eventually(lambda: not run_processes(first)), run_processes(first)
+    assert not files_of_runs(first)
