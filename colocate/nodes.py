@@ -289,7 +289,7 @@ class ClusterWatch:
             try:
                 found[node] = ray.get(ref)
             except ray.exceptions.ActorUnavailableError:  # Ray's word for a connection that may come back
-                self._silent[node] = (getattr(self._watchers[node], "host").remote(), time.monotonic())
+                self._silent[node] = (self._watchers[node].host.remote(), time.monotonic())
             except ray.exceptions.RayActorError:
                 self._lose(node, "its watcher has ended")
         return found
@@ -304,7 +304,7 @@ class ClusterWatch:
                 ray.get(ref)
             except ray.exceptions.ActorUnavailableError:
                 if time.monotonic() - since < HEARTBEAT_S:
-                    self._silent[node] = (getattr(self._watchers[node], "host").remote(), since)
+                    self._silent[node] = (self._watchers[node].host.remote(), since)
                     return False
             except ray.exceptions.RayActorError:
                 self._lose(node, "its watcher has ended")

@@ -162,7 +162,7 @@ class Watch:
             self.chosen += self.unreported()
 
     def end(self, names: set[str], seconds: float) -> list[int]:
-        """Kill what was chosen. Returns the pids of what is still there after so many seconds; if nothing is, `drop`."""
+        """Kill what was chosen, and forget these actors. Returns the pids of what is still there after so long."""
         import psutil
 
         kill(self.chosen)

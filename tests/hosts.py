@@ -1,6 +1,6 @@
 """Hosts for a Ray cluster on one machine: Linux namespaces, joined by a bridge. For tests and benchmarks; needs root.
 
-Each has its own network (10.77.0.N on eth0), process ids, hostname, /tmp and /dev/shm; the disk and the clock are shared.
+Each has its own network (10.77.0.N on eth0), process ids, hostname, /tmp and /dev/shm; they share disk and clock.
 Nothing has a name outside: networks, mounts and processes of a host go when its first process ends, and that ends with
 the program that made it, however that ends.
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -128,13 +131,15 @@ class Host(Namespaces):
         skip = ("sh -c", "cat", "sleep", sys.executable + " -c import psutil")
         return {int(pid): text for pid, text in rows if text and not text.startswith(skip)}
 
-    def shared_memory(self) -> list[str]:
-        """What is in its /dev/shm."""
-        return self.run("ls", "-A", "/dev/shm").split()
+    def left(self) -> list[str]:
+        """What a run has here: processes, files in /dev/shm, temporary files. Ray's own are the cluster's."""
+        processes = self.processes().values()
+        found = [text.strip() for text in processes if re.match(r"ray::(?!IDLE|\w*Agent\b)|.*colocate", text)]
+        found += [f"/tmp/{name}" for name in self.list("/tmp") if name.startswith("rlhf-")]
+        return found + [f"/dev/shm/{name}" for name in self.list("/dev/shm") if "plasma" not in name]
 
-    def temporary(self) -> list[str]:
-        """What is in its /tmp."""
-        return self.run("ls", "-A", "/tmp").split()
+    def list(self, folder: str) -> list[str]:
+        return self.run("ls", "-A", folder).split()
 
 
 class Hosts:
@@ -198,3 +203,33 @@ class Hosts:
         while float(self.hosts[0].run(sys.executable, "-c", code, cwd="/", env=env).split()[-1]) != count:
             if time.monotonic() > end:
                 raise TimeoutError(f"the cluster did not come to {count} GPUs within {seconds:g} s")
+
+
+class Run:
+    """The script in the first host, as a user starts it there.
+
+    folder: for its report, which all hosts see. at: [(a regular expression, what to do when a line matches it)], each
+    once and in this order. seconds: after these, all hosts are ended.
+    """
+
+    def __init__(self, hosts: Hosts, folder: Path, *arguments: str, at: list[tuple] = (), seconds: float = 300):
+        output = folder / "report.json"
+        command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "TMPDIR")}
+        env = clean | hosts.env | {"RAY_ADDRESS": hosts.address}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.waiting = list(at)
+        self.lines: list[tuple[float, str]] = []  # when each came, on the monotonic clock
+        with subprocess.Popen(hosts[0].command(*command), **pipes, env=env, cwd="/") as process:
+            alarm = threading.Timer(seconds, hosts.close)
+            alarm.start()
+            for line in process.stdout:
+                self.lines.append((time.monotonic(), line))
+                print(line, end="", flush=True)
+                if self.waiting and re.search(self.waiting[0][0], line):
+                    self.waiting.pop(0)[1]()
+            process.wait()
+            alarm.cancel()
+        self.code = process.returncode
+        self.output = "".join(line for _, line in self.lines)
+        self.report = json.loads(output.read_text()) if output.exists() else {}

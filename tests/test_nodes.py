@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
-from hosts import Host, Hosts, why_not
-from running import ROOT, TINY, deadline, eventually, hear_signals, require_proof, shape
+from hosts import Host, Hosts, Run, why_not
+from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
 from colocate.nodes import Node, plan, require_room
@@ -105,44 +103,12 @@ def hosts():
         yield made
 
 
-class Run:
-    """The script, in a host. at: {text: what to do when a line has it}, each once, in this order."""
-
-    def __init__(self, hosts: Hosts, host: Host, tmp_path, *arguments: str, at: list[tuple] = (), seconds: float = 300):
-        output = tmp_path / "report.json"
-        command = [sys.executable, str(ROOT / "rlhf_colocate.py"), "--output-json", str(output), *arguments]
-        command += ["--ray-address", hosts.address]
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "TMPDIR")} | hosts.env
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        options = {"env": env, "cwd": "/", "preexec_fn": hear_signals}
-        waiting = list(at)
-        lines = []
-        with subprocess.Popen(host.command(*command), **pipes, **options) as process:
-            alarm = threading.Timer(deadline(seconds), host.kill)
-            alarm.start()
-            for line in process.stdout:
-                lines.append(line)
-                print(line, end="")
-                if waiting and re.search(waiting[0][0], line):
-                    waiting.pop(0)[1]()
-            process.wait()
-            alarm.cancel()
-        self.code = process.returncode
-        self.output = "".join(lines)
-        self.report = json.loads(output.read_text()) if output.exists() else {}
-        assert not waiting, self.output
-
-
-def run_processes(host: Host) -> list[str]:
-    """Actors of a run on a host: Ray's own idle processes are the cluster's."""
-    actors = [text for text in host.processes().values() if re.match(r"ray::(?!IDLE|\w*Agent\b)", text)]
-    return actors + [text for text in host.processes().values() if "colocate.nodes" in text]
-
-
-def files_of_runs(host: Host) -> list[str]:
-    return [name for name in host.temporary() if name.startswith("rlhf-")] + [
-        name for name in host.shared_memory() if re.fullmatch(r"r[0-9a-f]{8}.*", name)
-    ]
+@pytest.fixture
+def shared():
+    """A folder that all hosts see: their /tmp is their own."""
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 def kill_worker(host: Host) -> None:
@@ -153,11 +119,11 @@ def kill_worker(host: Host) -> None:
 
 @pytest.mark.e2e
 @needs_hosts
-def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, tmp_path):
+def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
     first, second = hosts
     at = [(r"\[step\] .*1/", lambda: kill_worker(second)), (r"\[step\] .*4/", second.kill)]
     flags = ["--steps", "6", "--max-restarts", "2", "--min-gpus", "2"]
-    run = Run(hosts, first, tmp_path, *TWO, *flags, *shape(tmp_path, **TINY), at=at)
+    run = Run(hosts, shared, *TWO, *flags, *shape(shared, **TINY), at=at, seconds=deadline(300))
     assert run.code == PASS, run.output
     require_proof(run.report)
     rows = run.report["placement"]
@@ -167,5 +133,4 @@ def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, tmp_path):
     assert worker["lost"] == ["engine 1"] and re.search("engine 1 rank . .* has ended on host2", worker["message"])
     assert "the node host2 (10.77.0.2) is gone" in host["message"] and "Traceback" not in run.output
     assert [row["step"] for row in run.report["steps"]] == [1, 2, 3, 4, 5, 6]
-    assert eventually(lambda: not run_processes(first)), run_processes(first)
-    assert not files_of_runs(first)
+    assert eventually(lambda: not first.left()), first.left()
