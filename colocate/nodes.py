@@ -107,7 +107,7 @@ def require_room(
 
 # Ends what a run has left on a node once the watcher is gone, however it went: its standard input closes then. It is
 # no child of the watcher, since Ray ends those with it.
-JANITOR = """
+JANITOR = """# JANITOR
 import os, sys
 if os.fork():
     os._exit(0)

@@ -169,7 +169,7 @@ class Report:
         """Of each node of a cluster: what it has, and why it is not used, if it is not."""
         self.data["nodes"] = facts
         for node, found in facts.items():
-            gpus = f"{found['gpus']} GPUs, " + (f"driver {found['driver']}, " if found["driver"] else "")
+            gpus = f"{len(found['gpus'])} x {found['gpus'][0]}, driver {found['driver']}, " if found["gpus"] else ""
             self("preflight", f"{node}: {gpus}{found['memory_gib']:.1f} GiB of memory free")
         for node, lines in differences.items():
             for line in lines:

@@ -125,16 +125,14 @@ class Host(Namespaces):
         self.switch.run("ip", "link", "set", self.name, "up")
 
     def processes(self) -> dict[int, str]:
-        """{pid inside: command line} of all but its first ones, and the commands that look."""
-        code = "import psutil; [print(p.pid, *p.cmdline()) for p in psutil.process_iter() if p.name() != 'nsenter']"
-        rows = [line.split(" ", 1) for line in self.run(sys.executable, "-c", code).splitlines()]
-        skip = ("sh -c", "cat", "sleep", sys.executable + " -c import psutil")
-        return {int(pid): text for pid, text in rows if text and not text.startswith(skip)}
+        """{pid inside: command line} of all."""
+        code = "import json, psutil; print(json.dumps([[p.pid, ' '.join(p.cmdline())] for p in psutil.process_iter()]))"
+        return dict(json.loads(self.run(sys.executable, "-c", code)))
 
     def left(self) -> list[str]:
         """What a run has here: processes, files in /dev/shm, temporary files. Ray's own are the cluster's."""
         processes = self.processes().values()
-        found = [text.strip() for text in processes if re.match(r"ray::(?!IDLE|\w*Agent\b)|.*colocate", text)]
+.*JANITOR", text)]
         found += [f"/tmp/{name}" for name in self.list("/tmp") if name.startswith("rlhf-")]
         return found + [f"/dev/shm/{name}" for name in self.list("/dev/shm") if "plasma" not in name]
 

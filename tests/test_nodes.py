@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from hosts import Host, Hosts, Run, why_not
 from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
-from colocate.nodes import Node, plan, require_room
+from colocate.nodes import Node, link, list_files, plan, require_room, write
 from colocate.preflight import differences
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,6 +85,59 @@ def test_what_a_node_lacks_is_one_line_each():
         "the model's folder /m is not there",
         "its /dev/shm has 10 MiB free",
     ]
+
+
+WATCHER = """
+import sys
+from colocate.nodes import NodeWatch
+watch = NodeWatch(*sys.argv[1:])
+print("watching", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["leave", "kill"])
+def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how):
+    """Neither processes nor files, of this run; those of others stay."""
+    mark = f"r{secrets.token_hex(4)}"
+    folder = tmp_path / "run"
+    file = Path(f"/dev/shm/{mark}-queue")
+    sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    watcher = WATCHER if how == "kill" else WATCHER + "watch.leave()"
+    command = [sys.executable, "-c", watcher, mark, str(folder)]
+    with (
+        subprocess.Popen(sleep, **pipes, env=os.environ | {"MARK": f"/{mark}"}) as ours,
+        subprocess.Popen(sleep, **pipes) as other,
+        subprocess.Popen(command, **pipes, cwd=ROOT) as watch,
+    ):
+        try:
+            assert [p.stdout.readline() for p in (ours, other, watch)] == ["\n", "\n", "watching\n"]
+            file.write_bytes(b"x")
+            assert folder.is_dir()
+            if how == "kill":
+                watch.kill()
+            else:
+                watch.stdin.close()
+            assert eventually(lambda: ours.poll() is not None and not folder.exists() and not file.exists())
+            assert other.poll() is None
+        finally:
+            for process in (ours, other, watch):
+                process.kill()
+            file.unlink(missing_ok=True)
+
+
+def test_a_folder_is_told_from_another_one(tmp_path):
+    """By its content's times, too: a checkpoint that replaces another has files of the same sizes."""
+    one, copy = tmp_path / "one", tmp_path / "copy"
+    write(one / "a" / "state", 0, b"xx")
+    link(one / "model", "/models/x")
+    found = list_files(one)
+    assert found["model"] == "/models/x" and found["a/state"][0] == 2
+    shutil.copytree(one, copy, symlinks=True)  # times and all
+    assert list_files(copy) == found
+    write(copy / "a" / "state", 0, b"yy")
+    assert list_files(copy) != found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
