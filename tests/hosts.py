@@ -132,7 +132,8 @@ class Host(Namespaces):
     def left(self) -> list[str]:
         """What a run has here: processes, files in /dev/shm, temporary files. Ray's own are the cluster's."""
         processes = self.processes().values()
-.*JANITOR", text)]
+        ours = r"ray::(?!IDLE|\w*Agent\b)|.*rlhf_colocate|.*JANITOR"
+        found = [text.strip() for text in processes if re.match(ours, text)]
         found += [f"/tmp/{name}" for name in self.list("/tmp") if name.startswith("rlhf-")]
         return found + [f"/dev/shm/{name}" for name in self.list("/dev/shm") if "plasma" not in name]
 
