@@ -239,6 +239,7 @@ class Fleet:
         an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, or is lost while others
         are waited for, those that were in it have PING_S to answer.
         """
+        self.watch.settle()
         gone = lost.names | self.watch.ended() | self.missing
         dead, busy = self._ping(self.actors.keys() - gone, 1.0)
         gone |= dead

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 30.0  # a link may be cut for 20 s; Ray itself gives a silent node up after a minute or so
 ANSWER_S = 1.0  # that the driver waits for watchers, each time it looks
 WORK_S = 60.0  # for what takes them longer: ending processes, files
+SILENCE = object()  # in place of an answer
 CHUNK = 64 * 2**20  # bytes of a file that travel at once
 
 WATCHER_ENV = {"env_vars": {"RLHF_COLOCATE_ROLE": "watcher"}}
@@ -165,9 +166,8 @@ class NodeWatch(Watch):
     def processes(self) -> list[psutil.Process]:
         return marked(self.prefix)
 
-    def host(self) -> dict:
-        """{"pid", "hostname"} of this watcher."""
-        return {"pid": os.getpid(), "hostname": socket.gethostname()}
+    def sign_of_life(self) -> bool:
+        return True
 
     def call(self, function: Callable, *args):
         """function(*args) on this node, or the Stop that it raised."""
@@ -277,44 +277,50 @@ class ClusterWatch:
         for node, own in (each if each is not None else dict.fromkeys(self.nodes, args)).items():
             if node in self.gone:
                 continue
-            if node in self._silent and not self._answered(node):
+            if node in self._silent and not self._answers_again(node):
                 continue  # one question at a time waits for a node that does not answer
             asked[node] = getattr(self._watchers[node], method).remote(*own)
         ready = set(ray.wait([*asked.values()], num_returns=len(asked), timeout=seconds)[0]) if asked else set()
-        found = {}
-        for node, ref in asked.items():
-            if ref not in ready:
-                self._silent[node] = (ref, time.monotonic())
-                continue
-            try:
-                found[node] = ray.get(ref)
-            except ray.exceptions.ActorUnavailableError:  # Ray's word for a connection that may come back
-                self._silent[node] = (self._watchers[node].host.remote(), time.monotonic())
-            except ray.exceptions.RayActorError:
-                self._lose(node, "its watcher has ended")
-        return found
+        answers = {node: self._answer(node, ref) if ref in ready else SILENCE for node, ref in asked.items()}
+        for node, answer in answers.items():
+            if answer is SILENCE and node not in self.gone:
+                self._silent[node] = (asked[node], time.monotonic())
+        return {node: answer for node, answer in answers.items() if answer is not SILENCE}
 
-    def _answered(self, node: str) -> bool:
+    def _answer(self, node: str, ref):
+        """What a watcher has returned; SILENCE if it could not be reached. If it has ended, its node is gone."""
+        import ray
+
+        try:
+            return ray.get(ref)
+        except ray.exceptions.ActorUnavailableError:  # Ray's word for a connection that may come back
+            return SILENCE
+        except ray.exceptions.RayActorError:
+            self._lose(node, "its watcher has ended")
+            return SILENCE
+
+    def _answers_again(self, node: str) -> bool:
         """Whether a silent node has answered by now. If it has not for HEARTBEAT_S, it is gone."""
         import ray
 
         ref, since = self._silent[node]
         if ray.wait([ref], timeout=0)[0]:
-            try:
-                ray.get(ref)
-            except ray.exceptions.ActorUnavailableError:
-                if time.monotonic() - since < HEARTBEAT_S:
-                    self._silent[node] = (self._watchers[node].host.remote(), since)
-                    return False
-            except ray.exceptions.RayActorError:
-                self._lose(node, "its watcher has ended")
-                return False
-            else:
+            if self._answer(node, ref) is not SILENCE:
                 del self._silent[node]
                 return True
+            if node in self.gone:
+                return False
+            self._silent[node] = (self._watchers[node].sign_of_life.remote(), since)
         if time.monotonic() - since >= HEARTBEAT_S:
             self._lose(node, f"no answer for {HEARTBEAT_S:g} s")
         return False
+
+    def settle(self) -> None:
+        """Wait until each node has answered, or counts as gone."""
+        self.ask("sign_of_life")
+        while self._silent:
+            time.sleep(0.2)
+            self.ask("sign_of_life")
 
     def _lose(self, node: str, why: str) -> None:
         self.gone[node] = why
@@ -384,9 +390,11 @@ class ClusterWatch:
         for node in sorted(by_node, key=lambda node: (node not in self.gone, self.name(node))):
             if node in self.gone:
                 texts.append(f"the node {self.name(node)} is gone ({self.gone[node]})")
+            elif node in self._silent:
+                texts.append(f"the node {self.name(node)} does not answer")
             else:
                 texts.append(f"{told.get(node) or join_names(by_node[node])} on {self.name(node)}")
-        telling = [text for text in texts if " has ended" in text or " is stopped" in text or " is gone" in text]
+        telling = [text for text in texts if re.search(" has ended| is stopped| is gone| not answer", text)]
         return ", ".join(telling or texts)
 
     def note_files(self) -> None:

@@ -186,6 +186,9 @@ class Watch:
     def of(self, names: Iterable[str]) -> list[Member]:
         return [m for m in self.members if m.name in names]
 
+    def settle(self) -> None:
+        """Wait until it is known which hosts are there: this one is."""
+
     def ended(self) -> set[str]:
         """Actors of which a process has ended."""
         return {m.name for m in self.members if m.state() == "has ended"}
