@@ -220,6 +220,7 @@ class Run:
         self.lines: list[tuple[float, str]] = []  # when each came, on the monotonic clock
         with subprocess.Popen(hosts[0].command(*command), **pipes, env=env, cwd="/") as process:
             alarm = threading.Timer(seconds, hosts.close)
+            alarm.daemon = True  # what is done at a line may raise
             alarm.start()
             for line in process.stdout:
                 self.lines.append((time.monotonic(), line))
