@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -355,6 +356,11 @@ def check_nodes(config: Config, model: Model, report: Report, watch: ClusterWatc
     for node, facts in found.items():
         if lines := differences(ours, facts, str(model.folder)):
             wrong[node] = lines
+    if config.checkpoint:
+        with tempfile.NamedTemporaryFile(dir=Path(config.checkpoint).resolve().parent) as file:
+            seen = all(watch.ask("call", os.path.exists, file.name, seconds=config.timeout).values())
+        where = "on a disk that all nodes share" if seen else "on this host's disk: what a trainer writes comes here"
+        report("preflight", f"--checkpoint is {where}")
     by_name = {watch.name(node): lines for node, lines in wrong.items()}
     report.nodes({watch.name(node): facts for node, facts in found.items()}, by_name)
     return wrong
