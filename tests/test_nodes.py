@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hosts import Host, Hosts, Run, why_not
 from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
+from colocate.cluster import Cluster
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
-from colocate.nodes import Node, link, list_files, plan, require_room, write
+from colocate.nodes import ClusterWatch, Node, link, list_files, plan, require_room, write
 from colocate.preflight import differences
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +87,21 @@ def test_what_a_node_lacks_is_one_line_each():
         "the model's folder /m is not there",
         "its /dev/shm has 10 MiB free",
     ]
+
+
+def test_a_layout_may_go_on_smaller():
+    [node] = nodes(2)
+    watch = ClusterWatch()
+    watch.nodes[node.id] = node
+    watch.gone[node.id] = "its watcher has ended"
+    for config, says in [
+        (Config(ray_address="auto", min_gpus=2), ""),
+        (Config(ray_address="auto"), r"2 GPUs are left of 4 \(host0 .*: its watcher has ended\).* Try: --min-gpus 2"),
+    ]:
+        cluster = Cluster(config, Path(), rehearsal=True, watch=watch)
+        cluster.places = {0: (None, 0, None), 1: (None, 1, None)}
+        with pytest.raises(Stop, match=says) if says else nullcontext():
+            cluster.require_enough({2, 3})
 
 
 WATCHER = """
