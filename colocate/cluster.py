@@ -261,23 +261,13 @@ class Cluster:
                 self.stop()
             raise
 
-    def _start_watchers(self, nodes: list[Node], end: float) -> None:
-        """A watcher on each of these nodes, with a copy of the run's folder; and the check of what they have.
-
-        Raises Stop(MISSING) for watchers that have not started at the time `end`. A node whose watcher does not start
-        for another reason counts as gone.
-        """
-        watch = self.watch
-        new = [node for node in nodes if node.id not in watch.nodes]
-        watch.start(new, self.folder)
-        waiting = {node.id for node in new}
-        while waiting := waiting - watch.ask("ended").keys() - watch.gone.keys():
-            if time.monotonic() >= end:
-                names = ", ".join(sorted(map(watch.name, waiting)))
-                raise Stop(f"The watcher of {names} did not start in time. Try: --timeout 1200", MISSING)
+    def _start_watchers(self, end: float) -> None:
+        """A watcher on each node that has none, with a copy of the run's folder; and the check of what nodes have."""
+        new = [node for node in find_nodes() if node.id not in self.watch.nodes]
+        self.watch.start(new, self.folder, end - time.monotonic())
         if new:
-            watch.spread(self.folder)
-            self.unfit |= self.check(watch)
+            self.watch.spread(self.folder)
+            self.unfit |= self.check(self.watch)
 
     def _find_nodes(self) -> list[Node]:
         """Those that can be used."""
@@ -305,7 +295,7 @@ class Cluster:
         if self.address:
             self.check = check
             self._plan()
-            self._start_watchers(find_nodes(), deadline[0])
+            self._start_watchers(deadline[0])
             found = self._plan()
         first = 0
         for node, count in found:
@@ -353,7 +343,7 @@ class Cluster:
             del self.places[bundle]
         if not gone:
             return set()
-        self._start_watchers(find_nodes(), deadline[0])
+        self._start_watchers(deadline[0])
         nodes = self._find_nodes()
         for node, count in plan(nodes, len(gone), self.config.tensor_parallel_size, self.config.gpus_per_node):
             self._book(gone[:count], node, deadline)

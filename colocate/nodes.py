@@ -246,25 +246,27 @@ class ClusterWatch:
         self.nodes: dict[str, Node] = {}
         self.homes: dict[str, str] = {}
         self.gone: dict[str, str] = {}  # node's id -> why it counts as gone
-        self.ray: list = []
         self._watchers: dict[str, object] = {}
         self._silent: dict[str, tuple[object, float]] = {}  # node's id -> (what it was asked, when)
 
     # --- nodes come and go
 
-    def start(self, nodes: list[Node], folder: Path) -> None:
-        """Start watchers on those of these nodes that have none. They make the run's folder there."""
+    def start(self, nodes: list[Node], folder: Path, seconds: float) -> None:
+        """Start watchers on these nodes, which make the run's folder there. One that does not start in time is gone."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        new = [node for node in nodes if node.id not in self.nodes]
-        for node in new:
+        signs = {}
+        for node in nodes:
             here = NodeAffinitySchedulingStrategy(node.id, soft=False)
             options = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": here, "runtime_env": WATCHER_ENV}
             # Its calls do not wait for one another: it may be ending processes while it is asked for a sign of life.
             actor = ray.remote(NodeWatch).options(**options, max_concurrency=4)
             self.nodes[node.id] = node
             self._watchers[node.id] = actor.remote(self.prefix, str(folder))
+            signs[self._watchers[node.id].sign_of_life.remote()] = node.id
+        late = ray.wait([*signs], num_returns=len(signs), timeout=max(0, seconds))[1] if signs else []
+        self.gone |= {signs[ref]: "its watcher did not start in time" for ref in late}
 
     def ask(self, method: str, *args, each: dict[str, tuple] | None = None, seconds: float = ANSWER_S) -> dict:
         """{node's id: what its watcher returned}, of those that answer in time, and are not known to be gone.
@@ -346,9 +348,6 @@ class ClusterWatch:
         for row in found:
             rows.setdefault(self.homes[row[0]], []).append(row)
         self.ask("add", each={node: (own,) for node, own in rows.items()}, seconds=WORK_S)
-
-    def add_ray(self) -> None:
-        """The cluster's own processes are not this run's."""
 
     def require_ray(self) -> None:
         """Ray itself ends a driver that has lost the head."""
