@@ -62,6 +62,7 @@ class Drill:
 
 
 SECOND = r"host2 \(10\.77\.0\.2\)"
+GONE = rf"the node {SECOND} (is gone|does not answer)"
 DRILLS = {
     "worker": Drill(
         "SIGKILL to a worker of the engine on the other node",
@@ -90,31 +91,31 @@ DRILLS = {
         "SIGKILL to the raylet of the other node; there is a spare one",
         "its part of the layout moves to the spare node",
         lambda hosts: kill(hosts[1], ".*/raylet/raylet "),
-        rf"the node {SECOND} is gone",
+        GONE,
     ),
     "node-spare": Drill(
         "all processes of the other node are killed at once; there is a spare one",
         "its part of the layout moves to the spare node",
         lambda hosts: hosts[1].kill(),
-        rf"the node {SECOND} is gone",
+        GONE,
     ),
     "node-smaller": Drill(
         "all processes of the other node are killed at once; --min-gpus 2",
         "the run goes on with half the layout",
         lambda hosts: hosts[1].kill(),
-        rf"the node {SECOND} is gone",
+        GONE,
     ),
     "node": Drill(
         "all processes of the other node are killed at once",
         "the run ends, and says what is missing",
         lambda hosts: hosts[1].kill(),
-        rf"the node {SECOND} is gone",
+        GONE,
     ),
     "cut-120": Drill(
         "the other node's link is cut for 120 s; --min-gpus 2",
         "the node counts as gone, and the run goes on with half the layout",
         lambda hosts: cut_for(hosts[1], 120),
-        rf"the node {SECOND} is gone \(no answer for 30 s\)",
+        GONE,
     ),
     "other-package": Drill(
         "the other node has another version of transformers",

@@ -201,7 +201,7 @@ class Fleet:
         if failed_in_init:  # another one's constructor would raise, too
             raise self._own_error(failed_in_init, what, explain(errors[min(failed_in_init)]))
         # Ray's and vLLM's words for a process that has ended. They may come before the process is gone.
-        death_reported = re.search(r"connection error code|: cancelled$|Executor failed", text)
+        death_reported = re.search(r"connection error code|: cancelled$|Executor failed|ActorUnavailable", text)
         lost = died | watch.ended()
         if text:
             lost |= self._find_lost(failed, PING_S if death_reported and not died else 0)
@@ -239,7 +239,8 @@ class Fleet:
         an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, or is lost while others
         are waited for, those that were in it have PING_S to answer.
         """
-        self.watch.settle()
+        for line in self.watch.settle():
+            self.report("lost", line)
         gone = lost.names | self.watch.ended() | self.missing
         dead, busy = self._ping(self.actors.keys() - gone, 1.0)
         gone |= dead

@@ -246,6 +246,7 @@ class ClusterWatch:
         self.nodes: dict[str, Node] = {}
         self.homes: dict[str, str] = {}
         self.gone: dict[str, str] = {}  # node's id -> why it counts as gone
+        self._told: set[str] = set()  # which of them
         self._watchers: dict[str, object] = {}
         self._silent: dict[str, tuple[object, float]] = {}  # node's id -> (what it was asked, when)
 
@@ -317,12 +318,18 @@ class ClusterWatch:
             self._lose(node, f"no answer for {HEARTBEAT_S:g} s")
         return False
 
-    def settle(self) -> None:
-        """Wait until each node has answered, or counts as gone."""
+    def settle(self) -> list[str]:
+        """Wait until each node has answered, or counts as gone. Returns a line for each that is gone since the last."""
         self.ask("sign_of_life")
         while self._silent:
             time.sleep(0.2)
             self.ask("sign_of_life")
+        new = [node for node in self.gone if node not in self._told]
+        self._told.update(new)
+        return [self._describe_gone(node) for node in new]
+
+    def _describe_gone(self, node: str) -> str:
+        return f"the node {self.name(node)} is gone ({self.gone[node]})"
 
     def _lose(self, node: str, why: str) -> None:
         self.gone[node] = why
@@ -342,6 +349,9 @@ class ClusterWatch:
 
     def _of_gone(self) -> set[str]:
         return {name for name, node in self.homes.items() if node in self.gone}
+
+    def _out_of_reach(self) -> set[str]:
+        return {name for name, node in self.homes.items() if node in self.gone or node in self._silent}
 
     def add(self, found: list[tuple[str, str, int, str]]) -> None:
         rows: dict[str, list] = {}
@@ -380,7 +390,7 @@ class ClusterWatch:
     def troubled(self, names: Iterable[str]) -> set[str]:
         asked = {node: (own,) for node, own in self._by_node(names).items()}
         found = self.ask("troubled", each=asked).values()
-        return (self._of_gone() & {*names}).union(*found)
+        return ({*names} & self._out_of_reach()).union(*found)
 
     def describe(self, names: Iterable[str]) -> str:
         texts = []
@@ -388,7 +398,7 @@ class ClusterWatch:
         told = self.ask("describe", each={node: (own,) for node, own in by_node.items()})
         for node in sorted(by_node, key=lambda node: (node not in self.gone, self.name(node))):
             if node in self.gone:
-                texts.append(f"the node {self.name(node)} is gone ({self.gone[node]})")
+                texts.append(self._describe_gone(node))
             elif node in self._silent:
                 texts.append(f"the node {self.name(node)} does not answer")
             else:

@@ -186,8 +186,9 @@ class Watch:
     def of(self, names: Iterable[str]) -> list[Member]:
         return [m for m in self.members if m.name in names]
 
-    def settle(self) -> None:
-        """Wait until it is known which hosts are there: this one is."""
+    def settle(self) -> list[str]:
+        """Wait until it is known which hosts are gone. Returns a line for each: this one is there."""
+        return []
 
     def ended(self) -> set[str]:
         """Actors of which a process has ended."""

@@ -205,6 +205,8 @@ def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
     assert [row["engine"] for row in rows] == [0, 0, 1, 1] and len({row["gpu"] for row in rows}) == 4
     worker, host = run.report["losses"]
     assert worker["lost"] == ["engine 1"] and re.search("engine 1 rank . .* has ended on host2", worker["message"])
-    assert "the node host2 (10.77.0.2) is gone" in host["message"] and "Traceback" not in run.output
+    assert "the node host2 (10.77.0.2) " in host["message"] and "ActorUnavailable" not in host["message"]
+    assert "the node host2 (10.77.0.2) is gone (its watcher has ended)" in run.output
+    assert "Traceback" not in run.output
     assert [row["step"] for row in run.report["steps"]] == [1, 2, 3, 4, 5, 6]
     assert eventually(lambda: not first.left()), first.left()
