@@ -294,6 +294,7 @@ class Colocation:
         self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
+        self.begin_from: Path | None = None  # the same, at a path where all nodes see it
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
         if config.trace:
             self.trainer_class = trace.traced(self.trainer_class)
@@ -319,7 +320,8 @@ class Colocation:
         """Start these actors: all of them at first, later those that were lost."""
         trainers = [n for n in self.trainers if n in names]
         engines = [n for n in self.engines if n in names]
-        self.begin_from = self.checkpoint and self.cluster.everywhere(self.checkpoint)
+        if trainers and self.checkpoint:
+            self.begin_from = self.cluster.everywhere(self.checkpoint)
         for name in [*engines, *trainers]:  # all at once: their imports run in parallel
             self.fleet.add(name, self.new_actor(name))
         self.report("place", f"starting {', '.join(names)}: a minute or so")

@@ -36,12 +36,12 @@ def why_not() -> str:
         return "hosts of namespaces need root"
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"hosts of namespaces need {', '.join(missing)}"
+    kinds = ["--net", "--pid", "--mount", "--uts", "--ipc", "--fork"]
+    bridge = ["ip", "link", "add", "bridge", "type", "bridge"]
     try:
-        subprocess.run(
-            ["unshare", "--net", "ip", "link", "add", "bridge", "type", "bridge"], check=True, capture_output=True
-        )
+        subprocess.run(["unshare", *kinds, *bridge], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
-        return f"no network namespace with a bridge can be made here: {error.stderr.decode().strip()}"
+        return f"no namespaces with a bridge can be made here: {error.stderr.decode().strip()}"
     return ""
 
 

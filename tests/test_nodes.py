@@ -161,7 +161,8 @@ def test_a_folder_is_told_from_another_one(tmp_path):
 # On two hosts
 # ---------------------------------------------------------------------------------------------------------------------
 
-needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not())
+REASON = why_not()
+needs_hosts = pytest.mark.skipif(bool(REASON), reason=REASON)
 TWO = ["--num-gpus", "4", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", "8"]
 TWO += ["--prompts-per-step", "4", "--group-size", "4"]
 
