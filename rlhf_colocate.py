@@ -24,6 +24,7 @@ YOURS marks what to change first, and where your own trainer goes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -35,7 +36,7 @@ from colocate import checkpoint, checks, cluster, memory, sharding, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
-from colocate.preflight import check_shared_memory, preflight
+from colocate.preflight import check_nodes, check_shared_memory, preflight
 from colocate.report import Report
 from colocate.rewards import TaskError
 from colocate.signals import interrupts_deferred
@@ -299,7 +300,7 @@ class Colocation:
         self.model = model
         self.report = report
         self.folder = folder  # temporary
-        self.fleet = Fleet(report, stage_timeouts(config), config.timeout)
+        self.fleet = Fleet(report, stage_timeouts(config), config.timeout, cluster.new_watch(config))
         self.cluster = cluster.Cluster(config, folder, model.rehearsal, self.fleet.watch)
         self.trainers = [f"trainer {i}" for i in range(config.num_gpus)]
         n = config.replica_size
@@ -312,6 +313,7 @@ class Colocation:
         self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
+        self.begin_from: Path | None = None  # the same, at a path where all nodes see it
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
         if config.trace:
             self.trainer_class = trace.traced(self.trainer_class)
@@ -331,12 +333,14 @@ class Colocation:
 
     def start_ray(self) -> None:
         self.cluster.start(self.model.environment, self.fleet.deadline())
-        self.group = self.cluster.place(self.fleet.deadline())
+        self.cluster.place(self.fleet.deadline(), functools.partial(check_nodes, self.config, self.model, self.report))
 
     def start(self, names: list[str]) -> None:
         """Start these actors: all of them at first, later those that were lost."""
         trainers = [n for n in self.trainers if n in names]
         engines = [n for n in self.engines if n in names]
+        if trainers and self.checkpoint:
+            self.begin_from = self.cluster.everywhere(self.checkpoint)
         for name in [*engines, *trainers]:  # all at once: their imports run in parallel
             self.fleet.add(name, self.new_actor(name))
         self.report("place", f"starting {', '.join(names)}: a minute or so")
@@ -350,7 +354,7 @@ class Colocation:
         self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
-        self.report.placement(rows)
+        self.report.placement(self.cluster.locate(rows, self.trainers))
         self.connected = False
 
     def new_actor(self, name: str):
@@ -358,29 +362,34 @@ class Colocation:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         config = self.config
-        kind, number = name.split()
-        tp = config.tensor_parallel_size if kind == "engine" else 1
-        bundles = list(range(int(number) * tp, (int(number) + 1) * tp))
+        is_engine = name in self.engines
+        group, bundles = self.cluster.seat(name, self.bundles_of(name))
         where = PlacementGroupSchedulingStrategy(
-            placement_group=self.group,
+            placement_group=group,
             placement_group_bundle_index=bundles[0],
-            placement_group_capture_child_tasks=kind == "engine",  # its workers go into the group, too
+            placement_group_capture_child_tasks=is_engine,  # its workers go into the group, too
         )
-        if kind == "engine":
+        if is_engine:
             actor = ray.remote(self.engine_class).options(num_cpus=0, num_gpus=0, scheduling_strategy=where)
             return actor.remote(bundles, config.engine_gpu_share, cluster.free_port())
         options = {"num_cpus": 0, "num_gpus": config.trainer_gpu_share, "runtime_env": cluster.TRAINER_ENV}
         actor = ray.remote(self.trainer_class).options(**options, scheduling_strategy=where)
-        load_format = "auto" if self.checkpoint else self.model.load_format
-        model = str(self.checkpoint or self.model.folder)
+        load_format = "auto" if self.begin_from else self.model.load_format
+        model = str(self.begin_from or self.model.folder)
         return actor.remote(model, load_format, config.dtype, config.seed, config.trainer == "fsdp")
+
+    def bundles_of(self, name: str) -> list[int]:
+        """One for a trainer, one for each worker of an engine."""
+        kind, number = name.split()
+        tp = self.config.tensor_parallel_size if kind == "engine" else 1
+        return list(range(int(number) * tp, (int(number) + 1) * tp))
 
     def join_trainers(self) -> None:
         """Let them make their process group and their optimizers."""
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
-        resume = str(self.checkpoint) if self.checkpoint else None
+        resume = str(self.begin_from) if self.begin_from else None
         shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
         rest = (addresses, timeout_s, shards, resume, self.config.learner_options)
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
@@ -502,6 +511,7 @@ class Colocation:
         """Let a replica write a checkpoint; an older one there is replaced once the new one is complete."""
         with checkpoint.replacing(folder.resolve(), self.model.files_beside()) as new:
             self.fleet.ask(self.replicas[by], "save", str(new))
+            self.cluster.gather(new, self.replicas[by][0])
         self.checkpoint = folder.resolve()
 
     def recover(self, lost: Lost) -> tuple[int, dict]:
@@ -522,11 +532,24 @@ class Colocation:
                     self.save_surviving_state(survivors)
                 self.fleet.end(more | survivors)
                 gone |= more | survivors
+            if missing := self.cluster.move(self.fleet.deadline()):
+                gone -= self.leave_out(missing)
             self.report("lost", f"replacing {', '.join(sorted(gone))}")
             if engines := gone & {*self.engines}:
-                check_shared_memory(len(engines), FAIL)
+                self.cluster.call(check_shared_memory, len(engines), FAIL)
             self.start(sorted(gone))
             return self.restore()
+
+    def leave_out(self, missing: set[int]) -> set[str]:
+        """Go on without these bundles, whose node is gone. Returns their actors. Raises Stop below --min-gpus."""
+        self.cluster.require_enough(missing)
+        out = {name for name in [*self.trainers, *self.engines] if missing & {*self.bundles_of(name)}}
+        self.trainers = [name for name in self.trainers if name not in out]
+        self.replicas = [replica for replica in self.replicas if not out & {*replica}]
+        self.engines = [name for name in self.engines if name not in out]
+        self.fleet.forget(out)
+        self.report("lost", f"going on without {', '.join(sorted(out))}: their node is gone, and no other has room")
+        return out
 
     def disconnect(self, engines: list[str]) -> set[str]:
         """Let engines unmap the trainers' memory, which stays taken otherwise, and sleep. Returns those that cannot."""
@@ -597,7 +620,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         scores = fleet.ask(colocation.trainers, checks.token_logprobs, [s["prompt"] + s["tokens"] for s in after])[0]
         report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
     report.proven(before, after, task.text)
-    return before
+    return before[:: len(colocation.engines)]  # of each prompt one
 
 
 def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
@@ -679,7 +702,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
                 evaluate(colocation, task, done)
             if done == last:
                 with stage("rollout"):
-                    after = every_engine_answers(colocation, task)
+                    after = every_engine_answers(colocation, task)[:: len(colocation.engines)]
                 report.learned(before, after, task.text)
                 return
             rlhf_step(colocation, task, done + 1, config.compares_after(done + 1, first, last))

@@ -1218,7 +1218,10 @@ def device_uuid(device: torch.device) -> str:
     import ray
 
     ids = ray.get_runtime_context().get_accelerator_ids()["GPU"] if ray.is_initialized() else []
-    return "logical-gpu-" + ",".join(ids) if ids else "cpu"
+    if not ids:
+        return "cpu"
+    address = ray.util.get_node_ip_address()  # each node of a cluster has a GPU 0
+    return "logical-gpu-" + ",".join(ids) + ("" if address.startswith("127.") else f"@{address}")
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -205,6 +205,35 @@ def drills() -> str:
     return table(["drill", "fault", "what must happen", *links], list(rows.values()))
 
 
+def nodes() -> str:
+    """Drills on several hosts: seconds to the message, until the run went on, and what was left on any host."""
+    rows = []
+    for row in load("nodes-drills.json")["nodes-drills"]["rows"]:
+        message = "–" if row["message_s"] is None else f"{row['message_s']:.0f} s"
+        back = "" if row["back_s"] is None else f", back after {row['back_s']:.0f} s"
+        left = "" if not row["left_behind"] else f", left: {row['left_behind']}"
+        result = f"{message}{back}{left}" if row["as_stated"] else "FAILED"
+        rows.append([f"`{row['drill']}`", row["fault"], row["expected"], result])
+    return table(["drill", "fault", "what must happen", "[two cores, no GPU](../results/nodes-drills.json)"], rows)
+
+
+def control() -> str:
+    """How the driver's control grows: measured, and by the fitted lines to 1,024 GPUs."""
+    report = load("control-scaling.json")["control-scaling"]
+    fits = {fit["y"]: fit for fit in report["fits"]}
+    columns = ("placement_s", "bare_call_ms", "ask_ms", "watch_ms", "recovery_s")
+    rows = []
+    for row in report["rows"]:
+        rows.append([str(row["gpus"]), "measured", *(f"{row[name]:.2f}" for name in columns)])
+    for gpus in (256, 1024):
+        sizes = {"gpus": gpus, "engines": gpus // 2, "processes": gpus * 3 // 2}
+        lines = [fits[name] for name in columns]
+        cells = [f"{line['constant'] + line['slope'] * sizes[line['x']]:.2f}" for line in lines]
+        rows.append([str(gpus), "by the lines", *cells])
+    header = ["GPUs", "", "placement, s", "one call to all engines: Ray alone, ms", "`Fleet.ask`, ms"]
+    return table([*header, "the watch's round, ms", "recovery without the start, s"], rows)
+
+
 KINDS = {"calls": "empty call", "pushes": "push", "steps": "step"}  # of soak.py
 
 

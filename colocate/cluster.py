@@ -18,13 +18,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from colocate.config import MISSING, Config, Stop, refuse_unless, stage_timeouts
+from colocate.config import FAIL, MISSING, Config, Stop, refuse_unless, stage_timeouts
+from colocate.nodes import ClusterWatch, Node, find_nodes, link, plan, require_room
 from colocate.signals import hear_signals_again, interrupts_deferred
 from colocate.watch import Watch, adopt_orphans, children, end_children, remove, shared_memory_files
 
 ROOT = Path(__file__).resolve().parent.parent  # of rlhf_utils and this folder, which all processes import
+MODULES = ("rlhf_colocate.py", "rlhf_utils.py", "colocate")  # what Ray carries to the nodes of a cluster
 SOCKET_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes with the final zero (man 7 unix)
 ROOM_MIB = 64  # for Ray's logs and vLLM's sockets; a short run takes 1
 PROCESS_MIB = 400  # of a process that has imported torch and vLLM, without what it shares with the others
@@ -126,8 +129,9 @@ def environment(config: Config, folder: Path, rehearsal: bool) -> dict[str, str]
     folder: for vLLM's sockets.
     """
     longest = max([config.timeout, *stage_timeouts(config).values()])
+    own = [] if address_of(config) else [str(ROOT)]  # on a cluster, Ray brings our modules
     env = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "RLHF_COLOCATE_ROLE": "engine",
         "VLLM_RPC_BASE_PATH": str(folder),
         # vLLM's own deadline for a forward pass, else 300 s: the driver's come first, and say which rank is late.
@@ -143,7 +147,19 @@ def environment(config: Config, folder: Path, rehearsal: bool) -> dict[str, str]
         threads = max(1, (os.cpu_count() or 1) // config.num_gpus)
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         env["TORCH_COMPILE_DISABLE"] = "1"  # else the first request compiles C++ for half a minute
+    if config.master_interface:
+        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), config.master_interface)
     return env
+
+
+def address_of(config: Config) -> str | None:
+    """Of the Ray cluster to use; None: a private one."""
+    return config.ray_address or os.environ.get("RAY_ADDRESS")
+
+
+def new_watch(config: Config) -> Watch | ClusterWatch:
+    """Over the processes of this host, for a private Ray, or over those of a cluster's nodes."""
+    return ClusterWatch() if address_of(config) else Watch()
 
 
 def free_port() -> int:
@@ -162,13 +178,14 @@ def free_address(_actor) -> str:
 class Cluster:
     """Ray, private or at an address. `start` it once, `stop` it once; what was private is gone then, files and all."""
 
-    def __init__(self, config: Config, folder: Path, rehearsal: bool, watch: Watch):
+    def __init__(self, config: Config, folder: Path, rehearsal: bool, watch: Watch | ClusterWatch):
         self.config = config
         self.folder = folder
         self.rehearsal = rehearsal
         self.watch = watch
-        self.address = config.ray_address or os.environ.get("RAY_ADDRESS")
-        self.group = None
+        self.address = address_of(config)
+        self.unfit: dict[str, list[str]] = {}  # node's id -> why it is not used
+        self.places: dict[int, tuple] = {}  # bundle -> (placement group, index in it, Node or None)
         self.not_ours = frozenset()  # children of this process that are nothing of Ray's
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None  # of ray.init
@@ -186,7 +203,10 @@ class Cluster:
         config = self.config
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if self.address:
-            options["runtime_env"] = {"env_vars": env, "worker_process_setup_hook": "colocate.preload.prepare"}
+            modules = [str(ROOT / name) for name in MODULES]
+            hook = "colocate.preload.prepare"
+            runtime_env = {"env_vars": env, "worker_process_setup_hook": hook, "py_modules": modules}
+            options["runtime_env"] = runtime_env | {"excludes": ["__pycache__"]}
             return options
         if self.rehearsal:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray would count its entries; the GPUs here are logical ones
@@ -234,41 +254,143 @@ class Cluster:
                 raise Stop(f"There is no Ray cluster at {self.address!r} ({first_line(self.error)}). {fix}", MISSING)
             if self.error:
                 raise Stop(f"Ray did not start ({first_line(self.error)}){stopped_processes()}")
-            if self.address:
-                self._require_free_gpus()
-            else:
+            if not self.address:
                 self.watch.add_ray()
         except BaseException:
             with interrupts_deferred():
                 self.stop()
             raise
 
-    def _require_free_gpus(self) -> None:
-        import ray
+    def _start_watchers(self, end: float) -> None:
+        """A watcher on each node that has none, with a copy of the run's folder; and the check of what nodes have."""
+        new = [node for node in find_nodes() if node.id not in self.watch.nodes]
+        self.watch.start(new, self.folder, end - time.monotonic())
+        if new:
+            self.watch.spread(self.folder)
+            self.unfit |= self.check(self.watch)
 
-        free = ray.available_resources().get("GPU", 0)
+    def _find_nodes(self) -> list[Node]:
+        """Those that can be used."""
+        bad = self.watch.gone.keys() | self.unfit.keys()
+        return [node for node in find_nodes() if node.id not in bad]
+
+    def _plan(self) -> list[tuple[Node, int]]:
+        """Which nodes give how many GPUs. Raises Stop(MISSING), with every node's name, if there are not enough."""
         n = self.config.num_gpus
-        message = f"The Ray cluster at {self.address!r} has {free:g} free GPUs, and {n} are needed"
-        fix = "Wait for its other jobs, try a smaller --num-gpus, or leave out --ray-address"
-        refuse_unless(free >= n, f"{message}. {fix}", MISSING)
+        tp = self.config.tensor_parallel_size
+        nodes = self._find_nodes()
+        found = plan(nodes, n, tp, self.config.gpus_per_node)
+        reasons = [f"{self.watch.name(node)}: {line}" for node, lines in self.unfit.items() for line in lines]
+        reasons += [f"{self.watch.name(node)}: {why}" for node, why in self.watch.gone.items()]
+        require_room(found, nodes, n, tp, self.address, reasons)
+        return found
 
-    def place(self, deadline: tuple[float, float, str]):
-        """The placement group, one bundle per GPU. Raises Stop(MISSING) if the GPUs do not come free in time."""
+    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict] = lambda _: {}) -> None:
+        """Book the bundles, one per GPU: in one placement group, on a cluster in one on each node that is needed.
+
+        check: says what is wrong with the nodes of a cluster, {node's id: lines}. Raises Stop(MISSING) if the GPUs do
+        not come free in time, or there are too few on nodes that can be used.
+        """
+        found = [(None, self.config.num_gpus)]
+        if self.address:
+            self.check = check
+            self._plan()
+            self._start_watchers(deadline[0])
+            found = self._plan()
+        first = 0
+        for node, count in found:
+            self._book(list(range(first, first + count)), node, deadline)
+            first += count
+
+    def _book(self, bundles: list[int], node: Node | None, deadline: tuple[float, float, str]) -> None:
+        """A placement group with these bundles. node: where it has to be."""
         import ray
         from ray.util.placement_group import placement_group
 
-        self.group = placement_group([{"GPU": 1}] * self.config.num_gpus, strategy="PACK")
+        wanted = [{"GPU": 1} for _ in bundles]
+        if node:
+            wanted[0][f"node:{node.address}"] = 0.001  # the resource that Ray gives to a node, to be asked for by name
+        group = placement_group(wanted, strategy="STRICT_PACK")
+        self.places |= {bundle: (group, index, node) for index, bundle in enumerate(bundles)}
         end, seconds, _ = deadline
-        while not self.group.wait(1):  # in steps: Ctrl-C is heard only between them
+        while not group.wait(1):  # in steps: Ctrl-C is heard only between them
             if time.monotonic() < end:
                 continue
             have, free = (
                 {k: v for k, v in r().items() if k in ("CPU", "GPU")}
                 for r in (ray.cluster_resources, ray.available_resources)
             )
-            found = f"{self.config.num_gpus} GPUs did not come free within {seconds:g} s"
+            found = f"{len(bundles)} GPUs did not come free within {seconds:g} s" + (f" on {node}" if node else "")
             raise Stop(f"placement group: {found}; the cluster has {have}, of which free are {free}", MISSING)
-        return self.group
+
+    def seat(self, name: str, bundles: list[int]) -> tuple:
+        """Where an actor goes that takes these bundles: (their placement group, their indices in it)."""
+        group, _, node = self.places[bundles[0]]
+        if node:
+            self.watch.homes[name] = node.id
+        return group, [self.places[bundle][1] for bundle in bundles]
+
+    def move(self, deadline: tuple[float, float, str]) -> set[int]:
+        """Book other GPUs for the bundles of nodes that are gone. Returns those for which there are none."""
+        from ray.util.placement_group import remove_placement_group
+
+        if not self.address:
+            return set()
+        gone = sorted(b for b, (_, _, node) in self.places.items() if node.id in self.watch.gone)
+        for group in {self.places[bundle][0] for bundle in gone}:
+            remove_placement_group(group)
+        for bundle in gone:
+            del self.places[bundle]
+        if not gone:
+            return set()
+        self._start_watchers(deadline[0])
+        nodes = self._find_nodes()
+        for node, count in plan(nodes, len(gone), self.config.tensor_parallel_size, self.config.gpus_per_node):
+            self._book(gone[:count], node, deadline)
+            gone = gone[count:]
+        return {*gone}
+
+    def require_enough(self, missing: set[int]) -> None:
+        """Raise Stop(FAIL) if the run may not go on without these bundles."""
+        left = len(self.places)
+        least = self.config.min_gpus or self.config.num_gpus
+        nodes = ", ".join(f"{self.watch.name(node)}: {why}" for node, why in self.watch.gone.items())
+        message = f"{left} GPUs are left of {left + len(missing)} ({nodes}), and no other node has {len(missing)} free"
+        fix = f"Try: --min-gpus {left}, or a spare node" if left else "Try: a spare node"
+        refuse_unless(left >= least and left > 0, f"{message}. {fix}", FAIL)
+
+    def locate(self, rows: list[dict], names: list[str]) -> list[dict]:
+        """Rows of `match_placement`, with the node of each of these trainers, if there are several nodes."""
+        if not self.address:
+            return rows
+        nodes = [self.watch.name(self.watch.homes[name]) for name in names]
+        return [row | {"node": node} for row, node in zip(rows, nodes, strict=True)]
+
+    def call(self, function: Callable, *args) -> None:
+        """Call a function on this host, or on all nodes that have bundles. Raises the Stop that it raises."""
+        if not self.address:
+            function(*args)
+            return
+        ids = {node.id for _, _, node in self.places.values()}
+        for node, found in self.watch.ask("call", each=dict.fromkeys(ids, (function, *args)), seconds=60).items():
+            if isinstance(found, Stop):
+                raise Stop(f"{self.watch.name(node)}: {found}", found.code)
+
+    def everywhere(self, folder: Path) -> Path:
+        """A path at which all nodes see this folder of the driver's: its own on a shared disk, else that of copies."""
+        if not self.address or not self.watch.blind(folder):
+            return folder
+        path = folder
+        if not folder.is_relative_to(self.folder):
+            path = self.folder / "copy"
+            link(path, str(folder))
+        self.watch.spread(path)
+        return path
+
+    def gather(self, folder: Path, name: str) -> None:
+        """Bring what this actor has written into a folder to the driver's host, unless both see the same disk."""
+        if self.address:
+            self.watch.fetch(folder, self.watch.homes[name])
 
     def _hold_ray(self, options: dict) -> None:
         try:
@@ -295,8 +417,12 @@ class Cluster:
         if not self.running():
             return
         found = self.watch.all_files()
-        if self.group and self.address:  # the next user of this cluster wants the GPUs
-            sys.modules["ray"].util.remove_placement_group(self.group)
+        if self.address and self.started.is_set() and not self.error:
+            self.watch.leave()
+            for group in {
+                group for group, _, _ in self.places.values()
+            }:  # the next user of this cluster wants the GPUs
+                sys.modules["ray"].util.remove_placement_group(group)
         if self.started.wait(1) and not self.error:  # if ray.init needs just another moment, Ray can end as usual
             processes = children(self.not_ours)
             found.update(*(shared_memory_files(p.pid) for p in processes))

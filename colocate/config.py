@@ -265,6 +265,18 @@ class Config:
         None, "go on from this --checkpoint folder, for --steps more; other flags as before, without --model"
     )
     ray_address: str | None = flag(None, "use this running Ray cluster; default: $RAY_ADDRESS, else a private one")
+    gpus_per_node: int | None = flag(
+        None, "GPUs of a cluster's node, at most (default: all that are free)", type=int, at_least=1
+    )
+    min_gpus: int | None = flag(
+        None,
+        "go on with so many, at least, when a cluster's node is gone and no other has room (default: --num-gpus)",
+        type=int,
+        at_least=1,
+    )
+    master_interface: str | None = flag(
+        None, "network interface over which trainers of several nodes meet (default: that of the node's Ray address)"
+    )
     timeout: float = flag(600.0, "seconds that actors have for one turn of a stage; the late count as lost", above=0)
     stage_timeout: str | None = flag(None, f"the same for single ones, as in push=5,rollout=60, of {', '.join(STAGES)}")
     max_restarts: int = flag(
@@ -384,6 +396,12 @@ def check_layout(config: Config) -> None:
     fix = "Try: --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
     refuse_unless(trainer + engine <= 1 + 1e-9, f"{shares}, but a GPU has 1 to give. {fix}")
     check_shards(config)
+    least = config.min_gpus or n
+    message = f"--min-gpus {least} must be a number of GPUs from {tp} (--tensor-parallel-size) to {n} (--num-gpus)"
+    refuse_unless(tp <= least <= n, f"{message}. Try: --min-gpus {tp}")
+    per_node = config.gpus_per_node or tp
+    message = f"--gpus-per-node {per_node} holds no engine, which takes {tp} GPUs of one node"
+    refuse_unless(per_node >= tp, f"{message}. Try: --gpus-per-node {tp}")
     stage_timeouts(config)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from colocate.config import FAIL, MISSING, STAGES, Lost, Stop, refuse_unless
-from colocate.watch import Watch, join_names, kill
+from colocate.watch import Watch, join_names
 
 if TYPE_CHECKING:
     from colocate.report import Report
@@ -32,14 +32,14 @@ OUT_OF_MEMORY = {  # stage -> what to type
 class Fleet:
     """The actors of a run, by name.
 
-    timeouts: {stage: seconds}, where they differ from `timeout`.
+    timeouts: {stage: seconds}, where they differ from `timeout`. watch: over this host, or over a cluster's nodes.
     """
 
-    def __init__(self, report: Report, timeouts: dict[str, float], timeout: float):
+    def __init__(self, report: Report, timeouts: dict[str, float], timeout: float, watch: Watch | None = None):
         self.report = report
         self.timeouts = timeouts
         self.timeout = timeout
-        self.watch = Watch()
+        self.watch = watch or Watch()
         self.actors: dict[str, object] = {}
         self.reports: dict[str, list[dict]] = {}  # name -> one for each of its processes
         self.missing: set[str] = set()  # ended, and what takes their place has not reported yet
@@ -93,30 +93,27 @@ class Fleet:
 
     def end(self, names: set[str]) -> None:
         """End what is left of these actors, and give back their GPU memory and their files in /dev/shm."""
-        import psutil
         import ray
 
-        self.watch.note_files()
-        processes = [m.process for m in self.watch.of(names) if m.process]
-        if names & self.missing:
-            processes += self.watch.unreported()
+        self.watch.choose(names, unreported=bool(names & self.missing))
         for name in names & self.actors.keys():
             ray.kill(self.actors.pop(name))
-        kill(processes)  # Ray asks a worker to leave first, and a stopped one never hears it
+        # Ray asks a worker to leave first, and a stopped one never hears it.
         left = self.deadline()[0] - time.monotonic()
-        if alive := psutil.wait_procs(processes, timeout=max(PING_S, left))[1]:
-            pids = ", ".join(str(p.pid) for p in alive)
+        if alive := self.watch.end(names, max(PING_S, left)):
+            pids = ", ".join(map(str, alive))
             raise Stop(f"{join_names(names)} were killed, but pid {pids} is still there and keeps its GPU memory")
-        for name in names:
-            self.watch.drop(name)
         self.missing |= names
+
+    def forget(self, names: set[str]) -> None:
+        """These have ended, and nothing takes their place."""
+        self.missing -= names
 
     def close(self, polite: list[str], method: str) -> None:
         """Let the actors `polite` call `method`, as far as they can; end those that are stopped or half dead."""
         broken = self._broken()
         self.ask_living(polite, method)
-        kill([m.process for m in self.watch.of(broken) if m.process])
-        self.watch.note_files()
+        self.watch.kill(broken)
 
     def _broken(self) -> set[str]:
         """Actors that cannot be asked any more: of which a process has ended or is stopped, or all for want of Ray."""
@@ -204,7 +201,7 @@ class Fleet:
         if failed_in_init:  # another one's constructor would raise, too
             raise self._own_error(failed_in_init, what, explain(errors[min(failed_in_init)]))
         # Ray's and vLLM's words for a process that has ended. They may come before the process is gone.
-        death_reported = re.search(r"connection error code|: cancelled$|Executor failed", text)
+        death_reported = re.search(r"connection error code|: cancelled$|Executor failed|ActorUnavailable", text)
         lost = died | watch.ended()
         if text:
             lost |= self._find_lost(failed, PING_S if death_reported and not died else 0)
@@ -242,6 +239,8 @@ class Fleet:
         an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, or is lost while others
         are waited for, those that were in it have PING_S to answer.
         """
+        for line in self.watch.settle():
+            self.report("lost", line)
         gone = lost.names | self.watch.ended() | self.missing
         dead, busy = self._ping(self.actors.keys() - gone, 1.0)
         gone |= dead

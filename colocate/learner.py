@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.
     """
     if len(addresses) == 1 and not sharded:
         return
+    if name := interface_of(addresses[rank].rpartition(":")[0]):
+        # Else gloo takes the address to which the host's name leads, which may be one that other nodes cannot reach.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         f"tcp://{addresses[0]}",
@@ -54,6 +59,16 @@ def join_group(rank: int, addresses: list[str], timeout_s: float, device: torch.
         world_size=len(addresses),
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this host that has this address; "" if none has, or it is the loopback's."""
+    import psutil
+
+    for name, entries in psutil.net_if_addrs().items():
+        if name != "lo" and any(entry.address == address for entry in entries):
+            return name
+    return ""
 
 
 def default_learning_rate(model: torch.nn.Module, random_weights: bool) -> float:

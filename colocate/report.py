@@ -117,12 +117,12 @@ class Report:
             self("preflight", note)
 
     def placement(self, rows: list[dict]) -> None:
-        """Rows of `cluster.match_placement`. The first start's are told; a recovery lands on the same GPUs."""
+        """Rows of `cluster.match_placement`. Only the first start's are told."""
         if self.data["placement"]:
             return
         self.data["placement"] = rows
         self("place", "verified by GPU UUID, both ways:")
-        header = ["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU"]
+        header = ["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU", "node"]
         print_table(header, [list(row.values()) for row in rows])
 
     # --- the push and its proof
@@ -169,6 +169,16 @@ class Report:
         self.data["verify"][name] = check
         found = describe(name, check) if check["ok"] else f"FAILED: {summary(check['wrong'])}"
         self("verify", f"{name}: {found}")
+
+    def nodes(self, facts: dict[str, dict], differences: dict[str, list[str]]) -> None:
+        """Of each node of a cluster: what it has, and why it is not used, if it is not."""
+        self.data["nodes"] = facts
+        for node, found in facts.items():
+            gpus = f"{len(found['gpus'])} x {found['gpus'][0]}, driver {found['driver']}, " if found["gpus"] else ""
+            self("preflight", f"{node}: {gpus}{found['memory_gib']:.1f} GiB of memory free")
+        for node, lines in differences.items():
+            for line in lines:
+                self("preflight", f"{node} is not used: {line}")
 
     def proven(self, before: list[dict], after: list[dict], text: Callable) -> None:
         """Samples with the old and the new weights, of each prompt one by each engine. text: decodes token ids.
@@ -268,12 +278,11 @@ class Report:
         self("verify", f"step {step}: {elements} parameter elements equal the trainers' bit for bit")
 
     def learned(self, before: list[dict], after: list[dict], text: Callable) -> None:
-        """What the loop has changed: samples as in `proven`, before it and after it."""
+        """What the loop has changed: of each prompt of the proof one sample, before it and after it."""
         rows = self.data["steps"]
-        n = self.config.num_engines
         self.data["learned"] = [
             {"prompt": text(b["prompt"]), "before": text(b["tokens"]), "after": text(a["tokens"])}
-            for b, a in zip(before[::n], after[::n], strict=True)
+            for b, a in zip(before, after, strict=True)
         ]
         rewards = [f"{row['reward']:.3f} in step {row['step']}" for row in (rows[0], rows[-1])]
         self("step", f"reward {', '.join(rewards)}")

@@ -93,7 +93,7 @@ def remove(files: set[str]) -> None:
 
 @dataclasses.dataclass
 class Member:
-    """A process of an actor. process: None where it is no descendant of the script (a cluster at --ray-address)."""
+    """A process of an actor. process: None if it is none of those that this watch looks at."""
 
     name: str  # of the actor
     role: str
@@ -105,7 +105,7 @@ class Member:
         return f"{self.role} (pid {self.pid}{f' on {self.gpu}' if self.gpu else ''})"
 
     def state(self) -> str:
-        """ "has ended", "is stopped" (by a signal or a debugger), or "": running, or of another host."""
+        """ "has ended", "is stopped" (by a signal or a debugger), or "": running, or not looked at."""
         import psutil
 
         if self.process is None:
@@ -121,21 +121,29 @@ class Member:
 
 
 class Watch:
-    """The processes of this run on one host, by the pids that they reported, and their files in /dev/shm."""
+    """The processes of this run on one host, by the pids that they reported, and their files in /dev/shm.
+
+    Here they are those below this process. On a cluster there is one of these on each node (see colocate/nodes.py).
+    """
 
     def __init__(self):
         self.members: list[Member] = []
         self.ray: list[Member] = []  # a private Ray's own
         self.files: dict[str, set[str]] = {}  # by actor; noted early: the dead cannot name theirs any more
         self.early_files: set[str] = set()  # of processes that had not reported yet
+        self.chosen: list[psutil.Process] = []  # to be ended
         self.prefix = f"r{secrets.token_hex(4)}"  # of the names of engines' queues; Python allows 9 characters
         self.others = set(os.listdir("/dev/shm"))  # what was there before
 
-    def add(self, found: list[tuple[str, str, int, str]]) -> None:
-        """found: (actor's name, role, pid, GPU or "")."""
+    def processes(self) -> list[psutil.Process]:
+        """All that may be the run's."""
         import psutil
 
-        ours = {p.pid: p for p in psutil.Process().children(recursive=True)}
+        return psutil.Process().children(recursive=True)
+
+    def add(self, found: list[tuple[str, str, int, str]]) -> None:
+        """found: (actor's name, role, pid, GPU or "")."""
+        ours = {p.pid: p for p in self.processes()}
         self.members += [Member(name, role, pid, gpu, ours.get(pid)) for name, role, pid, gpu in found]
         self.note_files()
 
@@ -146,6 +154,29 @@ class Watch:
         found = [(p.name(), p) for p in psutil.Process().children()]
         self.ray = [Member("Ray", f"Ray's {n}", p.pid, "", p) for n, p in found if n in ("gcs_server", "raylet")]
 
+    def choose(self, names: set[str], unreported: bool) -> None:
+        """These actors' processes are to be ended; unreported: those that have not reported yet, too."""
+        self.note_files()
+        self.chosen = [m.process for m in self.of(names) if m.process]
+        if unreported:
+            self.chosen += self.unreported()
+
+    def end(self, names: set[str], seconds: float) -> list[int]:
+        """Kill what was chosen, and forget these actors. Returns the pids of what is still there after so long."""
+        import psutil
+
+        kill(self.chosen)
+        if alive := psutil.wait_procs(self.chosen, timeout=seconds)[1]:
+            return [p.pid for p in alive]
+        for name in names:
+            self.drop(name)
+        return []
+
+    def kill(self, names: set[str]) -> None:
+        """Kill the processes of these actors, and wait for nothing."""
+        kill([m.process for m in self.of(names) if m.process])
+        self.note_files()
+
     def drop(self, name: str) -> None:
         """Forget an actor's processes, which have ended, and remove what they alone had in /dev/shm."""
         self.members = [m for m in self.members if m.name != name]
@@ -154,6 +185,10 @@ class Watch:
 
     def of(self, names: Iterable[str]) -> list[Member]:
         return [m for m in self.members if m.name in names]
+
+    def settle(self) -> list[str]:
+        """Wait until it is known which hosts are gone. Returns a line for each: this one is there."""
+        return []
 
     def ended(self) -> set[str]:
         """Actors of which a process has ended."""
@@ -183,7 +218,7 @@ class Watch:
 
         known = {m.pid for m in self.members}
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = " ".join(process.cmdline())
                 if process.pid not in known and re.match(r"ray::(?!IDLE\b|\w*Agent\b)", title):
@@ -198,7 +233,7 @@ class Watch:
 
     def note_early_files(self) -> None:
         """The same for all processes, while they start and have not reported."""
-        for process in children():
+        for process in self.processes():
             self.early_files.update(self.files_of(process.pid))
 
     def files_of(self, pid: int) -> set[str]:

@@ -279,7 +279,9 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
         find_all_lost=lambda loss: loss.names,
         ask=ask,
         end=end,
+        deadline=lambda: (math.inf, 600, "--timeout "),
     )
+    colocation.cluster = cluster.Cluster(Config(), Path(), rehearsal=True, watch=Watch())
     colocation.replicas = [["trainer 0"], ["trainer 1"]]
     colocation.save = lambda folder, by: done.append(f"save {', '.join(colocation.replicas[by])}")
     colocation.start = lambda names: done.append(f"start {', '.join(names)}")

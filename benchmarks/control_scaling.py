@@ -1,0 +1,135 @@
+"""How the control of a layout grows with its GPUs: real Ray, stub actors that hold nothing, logical GPUs.
+
+python benchmarks/control_scaling.py [GPUS ...] --output results/control-scaling.json     (default: 8 16 32 64)
+
+Of each layout, with engines of TP=2: seconds of the placement and of the actors' start; milliseconds of one call to all
+engines by `Fleet.ask` and by Ray alone, of the watch's round over all processes, and of a recovery without the start of
+what was lost. The lines that are fitted say how each grows with the number of engines, GPUs or processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from colocate.config import Config, Lost  # noqa: E402
+from colocate.fleet import Fleet  # noqa: E402
+from colocate.preflight import installed  # noqa: E402
+from colocate.report import Report  # noqa: E402
+
+TP = 2
+CALLS = 100
+
+
+class Stub:
+    """An engine or a trainer, seen from the driver."""
+
+    def report_device_id(self) -> dict:
+        return {"pid": os.getpid(), "gpu": ""}
+
+    def push(self, method: str, version: int, expected: int) -> dict:
+        """What MyLLM.push returns, for two workers."""
+        return {"workers": [{"version": version, "bytes": 0}] * TP, "wake_ms": 0, "reset_ms": 0, "wake_kv_ms": 0}
+
+
+def milliseconds(function, *args, times: int = CALLS) -> float:
+    """Median of so many calls."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function(*args)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+def measure(gpus: int) -> dict:
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    engines = [f"engine {e}" for e in range(gpus // TP)]
+    trainers = [f"trainer {t}" for t in range(gpus)]
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"include_dashboard": False, "object_store_memory": 128 * 2**20, "log_to_driver": False}
+    ray.init("local", num_gpus=gpus, num_cpus=2, runtime_env={"env_vars": env}, logging_level="error", **options)
+    try:
+        start = time.perf_counter()
+        group = placement_group([{"GPU": 1}] * gpus, strategy="STRICT_PACK")
+        group.wait(60)
+        placed = time.perf_counter() - start
+        fleet = Fleet(Report(Config(), []), {}, 600)
+
+        def new_actor(name: str):
+            kind, number = name.split()
+            bundle = int(number) * (TP if kind == "engine" else 1)
+            where = PlacementGroupSchedulingStrategy(group, bundle)
+            return ray.remote(Stub).options(num_cpus=0, num_gpus=0.4, scheduling_strategy=where).remote()
+
+        start = time.perf_counter()
+        for name in [*engines, *trainers]:
+            fleet.add(name, new_actor(name))
+        everyone = [*fleet.actors]
+        fleet.note(everyone, fleet.ask(everyone, "report_device_id"))
+        started = time.perf_counter() - start
+        call = ("push", "push_weights", 1, 1)
+        actors = [fleet.actors[name] for name in engines]
+        bare = milliseconds(lambda: ray.get([actor.push.remote(*call[1:]) for actor in actors]))
+        asked = milliseconds(lambda: fleet.ask(engines, *call))
+        watched = milliseconds(fleet.watch.ended, times=20)
+        os.kill(fleet.reports[engines[-1]][0]["pid"], 9)
+        start = time.perf_counter()
+        try:
+            while True:
+                fleet.ask(everyone, "report_device_id")
+        except Lost as lost:
+            noticed = time.perf_counter() - start
+            with fleet.stage("recover"):
+                gone = fleet.find_all_lost(lost)
+                fleet.end(gone)
+        recovered = time.perf_counter() - start
+        row = {"gpus": gpus, "engines": len(engines), "processes": len(everyone), "placement_s": placed}
+        row |= {"start_s": started, "bare_call_ms": bare, "ask_ms": asked, "watch_ms": watched}
+        return row | {"noticed_s": noticed, "recovery_s": recovered, "lost": sorted(gone)}
+    finally:
+        ray.shutdown()
+
+
+def fit(rows: list[dict], x: str, y: str) -> dict:
+    """The least-squares line y = constant + slope * x."""
+    line = statistics.linear_regression([row[x] for row in rows], [row[y] for row in rows])
+    return {"x": x, "y": y, "constant": line.intercept, "slope": line.slope}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gpus", nargs="*", type=int, default=[8, 16, 32, 64])
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    rows = []
+    for gpus in args.gpus:
+        rows.append(measure(gpus))
+        print(json.dumps(rows[-1]), flush=True)
+    for row in rows:
+        row["beyond_ray_ms"] = row["ask_ms"] - row["bare_call_ms"]
+    pairs = [("gpus", "placement_s"), ("engines", "bare_call_ms"), ("engines", "ask_ms"), ("engines", "beyond_ray_ms")]
+    pairs += [("processes", "watch_ms"), ("processes", "recovery_s")]
+    fits = [fit(rows, *pair) for pair in pairs] if len(rows) > 1 else []
+    for one in fits:
+        print(f"{one['y']} = {one['constant']:.4f} + {one['slope']:.6f} per {one['x']}")
+    report = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": rows, "fits": fits}
+    report |= {"versions": installed("ray"), "hardware": {"gpus": [], "cpu_cores": os.cpu_count()}}
+    if args.output:
+        Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""A layout on two hosts of a Ray cluster: where it goes, what is refused, and what happens when a host goes away."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from hosts import Host, Hosts, Run, why_not
+from running import ROOT, TINY, deadline, eventually, require_proof, shape
+
+from colocate.cluster import Cluster
+from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
+from colocate.nodes import ClusterWatch, Node, link, list_files, plan, require_room, write
+from colocate.preflight import differences
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without Ray
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nodes(*free: int, gpus: int = 8) -> list[Node]:
+    return [Node(f"id{i}", f"10.0.0.{i}", f"host{i}", gpus, n) for i, n in enumerate(free)]
+
+
+@pytest.mark.parametrize(
+    "free, count, tp, per_node, expected",
+    [
+        ((8,), 4, 2, None, [("host0", 4)]),
+        ((2, 8), 4, 2, None, [("host1", 4)]),  # all on one node, if one has room
+        ((2, 2), 4, 2, None, [("host0", 2), ("host1", 2)]),
+        ((3, 3), 4, 2, None, [("host0", 2), ("host1", 2)]),  # an engine is never split
+        ((2, 4, 8), 12, 4, None, [("host1", 4), ("host2", 8)]),
+        ((8, 8), 8, 2, 4, [("host0", 4), ("host1", 4)]),
+        ((8, 8), 4, 2, 3, [("host0", 2), ("host1", 2)]),
+        ((1, 1), 2, 2, None, []),  # not enough: what there is
+        ((2, 1), 4, 2, None, [("host0", 2)]),
+    ],
+)
+def test_where_a_layout_goes(free, count, tp, per_node, expected):
+    assert [(node.name, take) for node, take in plan(nodes(*free), count, tp, per_node)] == expected
+
+
+def test_nodes_that_cannot_hold_the_layout_are_refused_by_name():
+    found = nodes(2, 1, gpus=2)
+    with pytest.raises(Stop) as stop:
+        require_room(plan(found, 4, 2), found, 4, 2, "10.0.0.1:6379", ["host9 (10.0.0.9): another torch"])
+    assert stop.value.code == MISSING
+    text = str(stop.value)
+    assert "has 3 free GPUs, and 4 are needed, 2 on one node for each engine" in text
+    assert "host0 (10.0.0.0) has 2 of 2 free; host1 (10.0.0.1) has 1 of 2 free; host9 (10.0.0.9): another torch" in text
+    assert "Try: --num-gpus 2" in text
+    with pytest.raises(Stop, match="Try: --tensor-parallel-size 1"):
+        require_room([], nodes(1, 1), 2, 2, "auto")
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"min_gpus": 5}, "--min-gpus 5 must be .* from 2 .* to 4"),
+        ({"min_gpus": 1}, "--min-gpus 1 must be .* Try: --min-gpus 2"),
+        ({"gpus_per_node": 1}, "--gpus-per-node 1 holds no engine"),
+    ],
+)
+def test_flags_of_a_cluster_that_cannot_be(flags, says):
+    with pytest.raises(Stop, match=says) as stop:
+        check_layout(Config(**flags))
+    assert stop.value.code == USAGE
+
+
+def test_what_a_node_lacks_is_one_line_each():
+    ours = {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "shm_mib": 9000, "model": "abc"}
+    assert differences(ours, ours | {"versions": {"python": "3.11.9", "torch": "2.13.0"}}, "/m") == []
+    theirs = {"versions": {"python": "3.12.1", "torch": "2.12.0", "vllm": "0.32"}, "shm_mib": 10, "model": ""}
+    lines = differences(ours, theirs, "/m")
+    assert [re.split(r"[,.] ", line)[0] for line in lines] == [
+        "it has python 3.12",
+        "it has torch 2.12.0",
+        "it has vllm 0.32",
+        "the model's folder /m is not there",
+        "its /dev/shm has 10 MiB free",
+    ]
+
+
+def test_a_layout_may_go_on_smaller():
+    [node] = nodes(2)
+    watch = ClusterWatch()
+    watch.nodes[node.id] = node
+    watch.gone[node.id] = "its watcher has ended"
+    for config, says in [
+        (Config(ray_address="auto", min_gpus=2), ""),
+        (Config(ray_address="auto"), r"2 GPUs are left of 4 \(host0 .*: its watcher has ended\).* Try: --min-gpus 2"),
+    ]:
+        cluster = Cluster(config, Path(), rehearsal=True, watch=watch)
+        cluster.places = {0: (None, 0, None), 1: (None, 1, None)}
+        with pytest.raises(Stop, match=says) if says else nullcontext():
+            cluster.require_enough({2, 3})
+
+
+WATCHER = """
+import sys
+from colocate.nodes import NodeWatch
+watch = NodeWatch(*sys.argv[1:])
+print("watching", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["leave", "kill"])
+def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how):
+    """Neither processes nor files, of this run; those of others stay."""
+    mark = f"r{secrets.token_hex(4)}"
+    folder = tmp_path / "run"
+    file = Path(f"/dev/shm/{mark}-queue")
+    sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    watcher = WATCHER if how == "kill" else WATCHER + "watch.leave()"
+    command = [sys.executable, "-c", watcher, mark, str(folder)]
+    with (
+        subprocess.Popen(sleep, **pipes, env=os.environ | {"MARK": f"/{mark}"}) as ours,
+        subprocess.Popen(sleep, **pipes) as other,
+        subprocess.Popen(command, **pipes, cwd=ROOT) as watch,
+    ):
+        try:
+            assert [p.stdout.readline() for p in (ours, other, watch)] == ["\n", "\n", "watching\n"]
+            file.write_bytes(b"x")
+            assert folder.is_dir()
+            if how == "kill":
+                watch.kill()
+            else:
+                watch.stdin.close()
+            assert eventually(lambda: ours.poll() is not None and not folder.exists() and not file.exists())
+            assert other.poll() is None
+        finally:
+            for process in (ours, other, watch):
+                process.kill()
+            file.unlink(missing_ok=True)
+
+
+def test_a_folder_is_told_from_another_one(tmp_path):
+    """By its content's times, too: a checkpoint that replaces another has files of the same sizes."""
+    one, copy = tmp_path / "one", tmp_path / "copy"
+    write(one / "a" / "state", 0, b"xx")
+    link(one / "model", "/models/x")
+    found = list_files(one)
+    assert found["model"] == "/models/x" and found["a/state"][0] == 2
+    shutil.copytree(one, copy, symlinks=True)  # times and all
+    assert list_files(copy) == found
+    write(copy / "a" / "state", 0, b"yy")
+    assert list_files(copy) != found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On two hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+REASON = why_not()
+needs_hosts = pytest.mark.skipif(bool(REASON), reason=REASON)
+TWO = ["--num-gpus", "4", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", "8"]
+TWO += ["--prompts-per-step", "4", "--group-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts with two logical GPUs each. The second has none of our files: Ray has to bring them."""
+    with Hosts(2) as made:
+        made[1].hide(ROOT, ".venv")
+        for host in made.hosts:
+            made.start_ray(host, 2)
+        made.wait_for_gpus(4, deadline(60))
+        yield made
+
+
+@pytest.fixture
+def shared():
+    """A folder that all hosts see: their /tmp is their own."""
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def kill_worker(host: Host) -> None:
+    """SIGKILL to one of vLLM's workers on a host."""
+    pids = [pid for pid, text in host.processes().items() if text.startswith("ray::RayWorkerProc")]
+    host.run("kill", "-9", str(pids[-1]))
+
+
+@pytest.mark.e2e
+@needs_hosts
+def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
+    first, second = hosts
+    at = [(r"\[step\] .*1/", lambda: kill_worker(second)), (r"\[step\] .*4/", second.kill)]
+    flags = ["--steps", "6", "--max-restarts", "2", "--min-gpus", "2"]
+    run = Run(hosts, shared, *TWO, *flags, *shape(shared, **TINY), at=at, seconds=deadline(300))
+    assert run.code == PASS, run.output
+    require_proof(run.report)
+    rows = run.report["placement"]
+    assert [row["node"] for row in rows] == ["host1 (10.77.0.1)"] * 2 + ["host2 (10.77.0.2)"] * 2
+    assert [row["engine"] for row in rows] == [0, 0, 1, 1] and len({row["gpu"] for row in rows}) == 4
+    worker, host = run.report["losses"]
+    assert worker["lost"] == ["engine 1"] and re.search("engine 1 rank . .* has ended on host2", worker["message"])
+    assert "the node host2 (10.77.0.2) " in host["message"] and "ActorUnavailable" not in host["message"]
+    assert "the node host2 (10.77.0.2) is gone (its watcher has ended)" in run.output
+    assert "Traceback" not in run.output
+    assert [row["step"] for row in run.report["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert eventually(lambda: not first.left()), first.left()
