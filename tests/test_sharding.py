@@ -319,6 +319,6 @@ def test_replicas_of_shards_lose_a_trainer_and_go_on_in_other_shards(tmp_path):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
     sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--shard-size", "1"]
-    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[3:], "--steps", "1").passed()
+    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1").passed()
     assert [row["step"] for row in report["steps"]] == [4]
     assert report["steps"][0]["logprob_gap"] < 0.001
