@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from colocate.attention import VARLEN
-from colocate.grpo import MISMATCH, Batch, collate, correct, grpo_loss, learned_tokens, micro_batches, mismatch
+from colocate.grpo import MISMATCH, Batch, collate, correct_sample, grpo_loss, learned_tokens, micro_batches, mismatch
 from colocate.logprobs import (
     CHUNK_BYTES,
     checkpoint_layers,
@@ -91,7 +91,7 @@ class Learner:
         """learning_rate: None for the default. kl_coef: above 0 it keeps a copy of the model as it is now.
 
         temperature: of the sampler, whose log-probabilities have it in them. num_iterations: optimizer steps on the
-        same samples. correction: see `grpo.correct`. lr_scheduler, ...: see `learning_rate_factor`.
+        same samples. correction: see `grpo.correct_sample`. lr_scheduler, ...: see `learning_rate_factor`.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
         sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
@@ -145,9 +145,7 @@ class Learner:
         the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
         weights untouched, if the gradient is not finite.
         """
-        if self.correction != "none":
-            self._correct(samples)
-        first = self._optimize(samples, total_tokens)
+        first = self._optimize(samples, total_tokens, correct=self.correction != "none")
         last = first
         for _ in range(1, self.num_iterations):
             last = self._optimize(samples, total_tokens)
@@ -156,25 +154,18 @@ class Learner:
         self.metrics = last | {name: first[name] for name in first if name in of_sampler}
         return self.metrics
 
-    def _correct(self, samples: list[dict]) -> None:
-        """Look up the trainer's own log-probabilities before the step: one forward pass more."""
-        if self.tokens_per_micro_batch is None:
-            self.tokens_per_micro_batch = self._fitting_tokens()
-        packed = self.route.packed
-        for part in micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed):
-            found_N = logprobs_of(self.model, collate(part, self.device, packed), self.route, self.temperature)
-            counts = [learned_tokens([sample]) for sample in part]
-            for sample, old in zip(part, found_N.cpu().split(counts), strict=True):
-                correct(sample, old.tolist(), self.correction, self.correction_cap)
-
-    def _optimize(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
-        """One optimizer step. Returns its metrics."""
+    def _optimize(self, samples: list[dict], total_tokens: int, correct: bool = False) -> dict[str, float]:
+        """One optimizer step, the correction's forward pass before it. Returns its metrics."""
         self._reserve_workspace()
         self._move(self.device)
         sizes = [p.numel() for p in self.parameters]
         gradient = torch.zeros(sum(sizes), device=self.device)
         for master, part in zip(self.masters, gradient.split(sizes), strict=True):
             master.grad = part.view(master.shape)
+        if self.tokens_per_micro_batch is None:
+            self.tokens_per_micro_batch = self._fitting_tokens()
+        if correct:
+            self._correct(samples)
         totals = self._add_gradients(samples, total_tokens)
         worst = totals.pop("worst_token")
         numbers = torch.stack([totals[name] for name in sorted(totals)])
@@ -199,10 +190,17 @@ class Learner:
             raise ValueError(f"the step has a gradient norm of {norm}, so the weights were left unchanged. {fix}")
         return metrics
 
+    def _correct(self, samples: list[dict]) -> None:
+        """Look up the trainer's own log-probabilities before the step."""
+        packed = self.route.packed
+        for part in micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed):
+            found_N = logprobs_of(self.model, collate(part, self.device, packed), self.route, self.temperature)
+            counts = [learned_tokens([sample]) for sample in part]
+            for sample, old_T in zip(part, found_N.cpu().split(counts), strict=True):
+                correct_sample(sample, old_T.tolist(), self.correction, self.correction_cap)
+
     def _add_gradients(self, samples: list[dict], total_tokens: int) -> dict[str, torch.Tensor]:
         """Forward and backward passes of all micro-batches. Returns float64 sums over their tokens, for the metrics."""
-        if self.tokens_per_micro_batch is None:
-            self.tokens_per_micro_batch = self._fitting_tokens()
         packed = self.route.packed
         parts = micro_batches(samples, self.tokens_per_micro_batch, self.micro_batch_size, packed)
         # All are brought to the GPU before it has work: a copy from the host waits for what it does at the time.
