@@ -672,6 +672,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
         except TaskError:  # the trainers have done all steps before this one
             if config.checkpoint and done >= first:
                 with stage("checkpoint"):
+                    colocation.compare_replicas()
                     colocation.save(Path(config.checkpoint))
             raise
 
