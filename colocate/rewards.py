@@ -249,7 +249,8 @@ def described(error: BaseException, file: str = "") -> str:
 
     file: the user's; else the one that the first call below ours is in.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != ours]
     file = file or (frames[0].filename if frames else "")
     lines = [frame.lineno for frame in frames if frame.filename == file]
     place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""  # a SyntaxError's message has it already
