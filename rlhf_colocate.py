@@ -626,8 +626,9 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
 def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
     """Greedy completions of the proof's prompts, with log-probabilities: of each prompt one by each engine."""
     n = colocation.config.max_tokens
-    greedy = {"temperature": 0, "max_tokens": n, "min_tokens": n, "prompt_logprobs": 0}
-    greedy |= {"stop_token_ids": task.stop_token_ids}
+    greedy = {"temperature": 0, "max_tokens": n, "prompt_logprobs": 0, "stop_token_ids": task.stop_token_ids}
+    if colocation.config.temperature == 1:  # else log-probabilities are those of what min_tokens leaves to choose from
+        greedy["min_tokens"] = n
     return colocation.generate([p for p in task.proof_prompts() for _ in colocation.engines], **greedy)
 
 
@@ -715,6 +716,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
         except TaskError:  # the trainers have done all steps before this one
             if config.checkpoint and done >= first:
                 with stage("checkpoint"):
+                    colocation.compare_replicas()
                     colocation.save(Path(config.checkpoint))
             raise
 

@@ -97,6 +97,18 @@ def loops() -> str:
     return table([*header, "hand-over", "GPU, GiB", "verdict"], rows)
 
 
+def learned() -> str:
+    """Held-out sums before and after, by seed (benchmarks/learn.py)."""
+    rows = []
+    for name, r in load("learn-*.json").items():
+        heldout = r["heldout"]
+        link = f"[{name}](../results/{name}.json)"
+        right = f"{heldout['before']:.2f} → {heldout['after']:.2f} ± {1.96 * heldout['se']:.2f}"
+        each = f"{r['seconds'] / r['steps']:.2f} s"
+        rows.append([link, hardware(r), str(r["steps"]), str(heldout["n"]), right, each])
+    return table(["report", "hardware", "steps", "held-out sums", "right, with its 95 % interval", "a step"], rows)
+
+
 def startup() -> str:
     rows = []
     for name, r in load("startup-*.json").items():

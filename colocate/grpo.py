@@ -6,7 +6,7 @@ as in DAPO (https://arxiv.org/abs/2503.14476), unless --loss-type says otherwise
 Shapes in names: B rows of a micro-batch, L tokens of a row, S sequences, N tokens of completions.
 A sample is {"prompt": [ids], "tokens": [ids], "logprobs": [nats, the sampler's, one for each of tokens], "advantage"}.
 It may have "mask": [0 or 1, for each of tokens: whether it is learned from], "weight": of its tokens in the loss (1),
-and with --correction "old" and "correction", see `correct`.
+and with --correction "old" and "correction", see `correct_sample`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def learned(sample: dict, key: str) -> list:
     return list(itertools.compress(sample[key], sample["mask"])) if "mask" in sample else sample[key]
 
 
-def correct(sample: dict, old: list[float], kind: str, cap: float) -> None:
+def correct_sample(sample: dict, old: list[float], kind: str, cap: float) -> None:
     """Correct for the mismatch of sampler and trainer, whose kernels differ. Sets "old" and "correction".
 
     old: the trainer's log-probabilities of the tokens that are learned from, before the step. The loss then has its

@@ -17,7 +17,7 @@ import torch
 
 from colocate import trainer_state
 from colocate.attention import VARLEN
-from colocate.grpo import MISMATCH, Batch, collate, correct, grpo_loss, learned_tokens, micro_batches, mismatch
+from colocate.grpo import MISMATCH, Batch, collate, correct_sample, grpo_loss, learned_tokens, micro_batches, mismatch
 from colocate.logprobs import (
     CHUNK_BYTES,
     checkpoint_layers,
@@ -112,7 +112,7 @@ class Learner:
         it keeps a copy of the weights as they are now.
 
         temperature: of the sampler, whose log-probabilities have it in them. num_iterations: optimizer steps on the
-        same samples. correction: see `grpo.correct`. lr_scheduler, ...: see `learning_rate_factor`.
+        same samples. correction: see `grpo.correct_sample`. lr_scheduler, ...: see `learning_rate_factor`.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
         sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
@@ -166,9 +166,7 @@ class Learner:
         the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
         weights untouched, if the gradient is not finite.
         """
-        if self.correction != "none":
-            self._correct(samples)
-        first = self._optimize(samples, total_tokens)
+        first = self._optimize(samples, total_tokens, correct=self.correction != "none")
         last = first
         for _ in range(1, self.num_iterations):
             last = self._optimize(samples, total_tokens)
@@ -177,20 +175,13 @@ class Learner:
         self.metrics = last | {name: first[name] for name in first if name in of_sampler}
         return self.metrics
 
-    def _correct(self, samples: list[dict]) -> None:
-        """Look up the trainer's own log-probabilities before the step: one forward pass more."""
-        parts, batches = self._micro_batches(samples)
-        found = [logprobs_of(self.model, batch, self.route, self.temperature) for batch in batches]
-        for part, found_N in zip(parts, found, strict=False):
-            counts = [learned_tokens([sample]) for sample in part]
-            for sample, old in zip(part, found_N.cpu().split(counts), strict=True):
-                correct(sample, old.tolist(), self.correction, self.correction_cap)
-
-    def _optimize(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
-        """One optimizer step. Returns its metrics."""
+    def _optimize(self, samples: list[dict], total_tokens: int, correct: bool = False) -> dict[str, float]:
+        """One optimizer step, the correction's forward pass before it. Returns its metrics."""
         self._reserve_workspace()
         self._move(self.device)
         self.held.begin_step(self.masters, self.device)
+        if correct:
+            self._correct(samples)
         totals = self._add_gradients(samples, total_tokens)
         self.held.sum_gradients(self.masters)
         worst = totals.pop("worst_token")
@@ -216,6 +207,15 @@ class Learner:
             fix = "Check the rewards, or try a smaller --learning-rate"
             raise ValueError(f"the step has a gradient norm of {norm}, so the weights were left unchanged. {fix}")
         return metrics
+
+    def _correct(self, samples: list[dict]) -> None:
+        """Look up the trainer's own log-probabilities before the step."""
+        parts, batches = self._micro_batches(samples)
+        found = [logprobs_of(self.model, batch, self.route, self.temperature) for batch in batches]
+        for part, found_N in zip(parts, found, strict=False):
+            counts = [learned_tokens([sample]) for sample in part]
+            for sample, old_T in zip(part, found_N.cpu().split(counts), strict=True):
+                correct_sample(sample, old_T.tolist(), self.correction, self.correction_cap)
 
     def _micro_batches(self, samples: list[dict]) -> tuple[list[list[dict]], list[Batch]]:
         """(the samples in micro-batches, these on the device). Trainers with shards make as many passes as the one that

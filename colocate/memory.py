@@ -76,7 +76,8 @@ def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
 
     In blocks of 128 tokens, one more than a sequence fills. Windows do not count: vLLM may keep whole sequences.
     """
-    tokens = 128 * (-(-(config.max_tokens + config.longest_prompt) // 128) + 1)
+    longest = config.max_model_len if config.rollout else config.max_tokens + config.longest_prompt
+    tokens = 128 * (-(-longest // 128) + 1)
     whole = model_config | {"sliding_window": None}
     return max(64 * 2**20, max_num_seqs(config, rehearsal=True) * kv_bytes(config, whole, tokens))
 

@@ -467,4 +467,5 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         report("preflight", "REHEARSAL on logical GPUs: shared memory stands in for CUDA IPC, which is not exercised")
     report.notes([*filter(None, notes)])
     report.settings(config)
+    report.track()
     return config, model

@@ -33,22 +33,21 @@ def read_prompts(path: str, column: str = "prompt", split: str = WHOLE, flag: st
     """
     file = Path(path).expanduser()
     kind = KINDS.get(file.suffix)
-    if file.is_dir() or kind in ("csv", "parquet") or file.suffix == ".json" or (kind and split != WHOLE):
-        rows = by_datasets(file, kind, split, f"{flag} {path}")
-    else:
-        rows = json_lines(file, f"{flag} {path}", column)
-    refuse_unless(bool(rows), f"{flag} {path} is empty. {hint(column)}")
+    lines = not file.is_dir() and (kind is None or (file.suffix == ".jsonl" and split == WHOLE))
+    rows = json_lines(file, f"{flag} {path}", column) if lines else by_datasets(file, kind, split, f"{flag} {path}")
+    hint = hint_of(column) if lines else f"Give a file with a column {column}"
+    refuse_unless(bool(rows), f"{flag} {path} is empty. {hint}")
     for place, row in rows.items():
         found = f"{place} has no {json.dumps(column)} that is a string or a list of chat messages"
         others = [name for name in row if name != column]
-        fix = f"It has {', '.join(others)}. Try: --prompt-column {others[0]}" if others else hint(column)
-        if row.get(column) is not None:
-            fix = hint(column)
+        fix = hint
+        if others and row.get(column) is None:
+            fix = f"It has {', '.join(others)}. Try: --prompt-column {others[0]}"
         refuse_unless(is_prompt(row.get(column)), f"{found}. {fix}")
     return rows
 
 
-def hint(column: str) -> str:
+def hint_of(column: str) -> str:
     return f'Each line must be a JSON object like {{"{column}": "1 + 1 =", "answer": "2"}}'
 
 
@@ -65,7 +64,7 @@ def json_lines(file: Path, name: str, column: str) -> dict[str, dict]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        message = f"{name} cannot be read: {error.strerror}. Give another file. {hint(column)}"
+        message = f"{name} cannot be read: {error.strerror}. Give another file. {hint_of(column)}"
         raise Stop(message, USAGE) from None
     rows = {}
     for number, line in enumerate(lines, 1):
@@ -76,9 +75,9 @@ def json_lines(file: Path, name: str, column: str) -> dict[str, dict]:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no tokenizer takes it
         except (ValueError, RecursionError) as error:
-            message = f"{place} is no JSON in UTF-8 ({getattr(error, 'msg', error)}). {hint(column)}"
+            message = f"{place} is no JSON in UTF-8 ({getattr(error, 'msg', error)}). {hint_of(column)}"
             raise Stop(message, USAGE) from None
-        refuse_unless(isinstance(row, dict), f"{place} is no JSON object. {hint(column)}")
+        refuse_unless(isinstance(row, dict), f"{place} is no JSON object. {hint_of(column)}")
         rows[place] = row
     return rows
 

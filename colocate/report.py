@@ -111,6 +111,10 @@ class Report:
         settings = dataclasses.asdict(config)
         self.data["config"] = {name: published(value) for name, value in settings.items()}
 
+    def track(self) -> None:
+        """Begin to send metrics to --report-to. Before Ray: processes that are started later are ended with it."""
+        self.trackers = trackers.start(self.config.report_to, self.data["config"])
+
     def notes(self, notes: list[str]) -> None:
         """What preflight has found that does not end the run."""
         for note in notes:
@@ -202,7 +206,6 @@ class Report:
         """The loop begins after so many steps, and ends after `last`."""
         self.data["steps"] = []
         self.data.setdefault("losses", [])  # one before it is in there
-        self.trackers = trackers.start(self.config.report_to, self.data["config"])
         self.first = done
         self.last = last
         self.step_seconds.clear()

@@ -48,6 +48,7 @@ class Reward:
         self.function = function
         self.name = name
         self.takes_row = False
+        self.takes_all = False
         self.parameters: dict[str, inspect.Parameter] = {}
         try:
             signature = inspect.signature(function)
@@ -77,7 +78,8 @@ class Reward:
         if not self.of_lists:
             return
         known = {"prompts", "completions", "completion_ids", *row}
-        required = [n for n, p in self.parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
+        collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [n for n, p in self.parameters.items() if p.default is p.empty and p.kind not in collecting]
         unknown = [name for name in required if name not in known]
         has = ", ".join(row)
         message = f"{self.name} wants {', '.join(unknown)}, and the prompts have only {has}. Give --prompts with it"
@@ -247,7 +249,8 @@ def described(error: BaseException, file: str = "") -> str:
 
     file: the user's; else the one that the first call below ours is in.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != ours]
     file = file or (frames[0].filename if frames else "")
     lines = [frame.lineno for frame in frames if frame.filename == file]
     place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""  # a SyntaxError's message has it already

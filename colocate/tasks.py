@@ -154,7 +154,8 @@ class Task:
         if not self.rollout_function:
             return generate([prompt.token_ids for prompt in prompts], seed=seed, **sampling)
         function, name = self.rollout_function
-        asked = [prompt for prompt in prompts for _ in range(sampling.pop("n"))]
+        n = sampling.pop("n")
+        asked = [prompt for prompt in prompts for _ in range(n)]
         turns = itertools.count()
 
         def turn(token_ids: list[list[int]], **more) -> list[dict]:

@@ -166,9 +166,9 @@ def test_the_loss_is_a_mean_over_tokens_or_completions():
 def test_the_correction_weighs_tokens_or_sequences(kind, factors):
     old = [math.log(x) for x in (0.4, 0.1, 0.8)]
     sample = {"tokens": [7] * 4, "mask": [1, 1, 0, 1], "logprobs": [math.log(x) for x in (0.2, 0.4, 1, 0.2)]}
-    grpo.correct(sample, old, kind, 3.0)
+    grpo.correct_sample(sample, old, kind, 3.0)
     assert sample["correction"] == pytest.approx(factors) and sample["old"] == old
-    grpo.correct(sample, old, kind, 1.5)
+    grpo.correct_sample(sample, old, kind, 1.5)
     capped = {"token": [1.5, 0.25, 1.5], "sequence": [1.5] * 3, "sequence_mask": [0] * 3}
     assert sample["correction"] == pytest.approx(capped[kind])
 

@@ -16,10 +16,9 @@ from running import require_proof
 
 import rlhf_colocate as rc
 from benchmarks import drills
-from colocate import checks
+from colocate import checks, trainer_state
 from colocate.config import Lost, Stop
 from colocate.grpo import advantages
-from colocate.preflight import load_trainer_state
 from colocate.rewards import TaskError
 
 pytestmark = pytest.mark.e2e
@@ -259,7 +258,7 @@ def fail_in_the_second_step(layout: Shared) -> tuple[str, int, int]:
         path = Path(folder, "checkpoint")
         report = layout.change(steps=3, checkpoint=str(path))
         message = refused(rc.learn, layout, task, layout.answers())
-        return message, report.data["steps"][-1]["step"], load_trainer_state(path / "trainer_state.pt")["steps"]
+        return message, report.data["steps"][-1]["step"], trainer_state.read_numbers(path)["steps"]
 
 
 def test_a_reward_that_fails_leaves_the_last_whole_step(live):

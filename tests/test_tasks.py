@@ -661,6 +661,92 @@ def test_the_processes_of_rewards_end_with_the_driver(file):
     assert eventually(lambda: not psutil.pid_exists(pid)), done.stderr
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --rollout
+# ---------------------------------------------------------------------------------------------------------------------
+
+TURNS = """
+def two(generate, prompts, task):
+    first = generate([p.token_ids for p in prompts])
+    second = generate([s["prompt"] + s["tokens"] for s in first], max_tokens=3)
+    return [a | {"tokens": a["tokens"] + b["tokens"], "logprobs": a["logprobs"] + b["logprobs"], "mask": [1, 0]}
+            for a, b in zip(first, second)]
+
+def few(generate, prompts, task):
+    return generate([prompts[0].token_ids])
+
+def bare(generate, prompts, task):
+    return [{"tokens": [1]} for _ in prompts]
+
+def uneven(generate, prompts, task):
+    return [s | {"mask": [1, 1]} for s in generate([p.token_ids for p in prompts])]
+
+def silent(generate, prompts, task):
+    return [s | {"tokens": [], "logprobs": []} for s in generate([p.token_ids for p in prompts])]
+
+def raises(generate, prompts, task):
+    return prompts.nothing
+"""
+
+
+def engine(calls: list[dict]):
+    """Notes how it is asked, and says one token."""
+
+    def generate(prompts: list[list[int]], **sampling) -> list[dict]:
+        calls.append(sampling)
+        return [{"prompt": p, "tokens": [5], "logprobs": [-1.0], "truncated": False} for p in prompts]
+
+    return generate
+
+
+def test_a_rollout_may_have_several_turns(model, file):
+    it = task(model, rollout=file("turns.py", TURNS) + ":two", group_size=3, temperature=0.5)
+    calls = []
+    samples = it.rollout(engine(calls), it.prompts(0), seed=it.seed(0))
+    asked = [p.token_ids for p in it.prompts(0) for _ in range(3)]
+    assert [s["prompt"] for s in samples] == asked and samples[0]["tokens"] == [5, 5] and samples[0]["mask"] == [1, 0]
+    first, second = calls
+    assert "n" not in first and first["temperature"] == 0.5 and (first["max_tokens"], second["max_tokens"]) == (16, 3)
+    assert first["seed"] != second["seed"], "each turn has noise of its own"
+    assert len(it.rollout(engine(calls), it.prompts(0), n=1, temperature=0.0)) == 2
+    assert calls[-1]["temperature"] == 0 and calls[-1]["seed"] is None
+    plain = task(model, group_size=3)
+    plain.rollout(engine(calls), plain.prompts(0), seed=7)
+    assert calls[-1] == plain.sampling() | {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("few", "turns.py:few returned no list of 4 samples, one of each prompt, but [{"),
+        ("bare", "turns.py:bare returned a sample without logprobs, prompt, truncated for the prompt"),
+        ("uneven", "turns.py:uneven returned a sample with 1 tokens, and logprobs or a mask of another length"),
+        ("silent", "turns.py:silent returned a sample without a token"),
+        (
+            "raises",
+            "turns.py:raises raised AttributeError: 'list' object has no attribute 'nothing' (turns.py, line 21)",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_rollout_is_named(name, says, model, file):
+    it = task(model, rollout=file("turns.py", TURNS) + f":{name}", group_size=2)
+    assert message(FAIL, it.rollout, engine([]), it.prompts(0)).startswith(f"rollout: {says}")
+
+
+def test_a_rollout_that_is_not_there_is_refused(file):
+    path = file("turns.py", TURNS)
+    said = message(USAGE, check_task, Config(rollout=f"{path}:twoo"))
+    assert f"--rollout {path}:twoo: turns.py has no function twoo" in said
+
+
+def test_held_out_prompts_are_those_of_another_file(model, file):
+    path = file("held.jsonl", "\n".join(map(json.dumps, ROWS)))
+    it = task(model, eval_prompts=path)
+    assert [p.text for p in it.held_out] == [row["prompt"] for row in ROWS] and it.prompts(0)[0].text == TEXTS[0]
+    said = message(USAGE, check_task, Config(eval_prompts=path + "x"))
+    assert said.startswith(f"--eval-prompts {path}x cannot be read")
+
+
 def test_the_scripts_own_reward_is_looked_at_too(model):
     said = message(USAGE, Task, Config(), model, TEXTS, lambda completion: 1)
     assert "reward(completion) does not take a prompt and a completion" in said

@@ -149,6 +149,7 @@ def tracked(name: str, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     report = Report(Config(steps=3, report_to=name), [])
     with report.verdict():
+        report.track()
         report.loop(0, 3)
         report.evaluated(0, SAMPLES, str)
         step(report, 1)
