@@ -275,7 +275,8 @@ def check_hardware(config: Config, gpus: list[dict], rehearsal: bool) -> dict:
         expandable = "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "")
         message = f"{name} sets expandable_segments:True, which CUDA IPC cannot share. Try: unset {name}"
         refuse_unless(rehearsal or not expandable, message, MISSING)
-    check_shared_memory(config.num_engines, MISSING)
+    if own_ray:
+        check_shared_memory(config.num_engines, MISSING)
     memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     host = {"cpu_cores": os.cpu_count(), "memory_gib": memory_gib, "machine": platform.machine()}
     return {"mode": "rehearsal (CPU)" if rehearsal else "CUDA IPC", "gpus": gpus[:n], **host}

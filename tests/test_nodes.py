@@ -104,6 +104,13 @@ def test_a_layout_may_go_on_smaller():
             cluster.require_enough({2, 3})
 
 
+@pytest.mark.parametrize("example", ["slurm.sbatch", "kuberay.yaml"])
+def test_the_flags_of_an_example_are_the_scripts(example):
+    command = (ROOT / "examples" / example).read_text().partition("rlhf_colocate.py --")[2].partition("\n  shutdown")[0]
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", "--" + command)}
+    assert "num_gpus" in flags and flags <= Config.__dataclass_fields__.keys()
+
+
 WATCHER = """
 import sys
 from colocate.nodes import NodeWatch
