@@ -392,7 +392,8 @@ class Colocation:
         resume = str(self.begin_from) if self.begin_from else None
         shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
         rest = (addresses, timeout_s, shards, resume, self.config.learner_options)
-        self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in range(len(self.trainers))])
+        ranks = [sharding.rank_of(i, max(shards, 1), self.config.tensor_parallel_size) for i in range(len(addresses))]
+        self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
     def engine_args(self) -> dict:
         """Of vllm.LLM. YOURS: what is not here, or --engine-args. The rest has a flag, or must stay for the push."""

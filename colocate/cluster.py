@@ -277,12 +277,12 @@ class Cluster:
     def _plan(self) -> list[tuple[Node, int]]:
         """Which nodes give how many GPUs. Raises Stop(MISSING), with every node's name, if there are not enough."""
         n = self.config.num_gpus
-        tp = self.config.tensor_parallel_size
+        unit = self.config.gpus_of_one_node
         nodes = self._find_nodes()
-        found = plan(nodes, n, tp, self.config.gpus_per_node)
+        found = plan(nodes, n, unit, self.config.gpus_per_node)
         reasons = [f"{self.watch.name(node)}: {line}" for node, lines in self.unfit.items() for line in lines]
         reasons += [f"{self.watch.name(node)}: {why}" for node, why in self.watch.gone.items()]
-        require_room(found, nodes, n, tp, self.address, reasons)
+        require_room(found, nodes, n, unit, self.address, reasons)
         return found
 
     def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict] = lambda _: {}) -> None:
@@ -345,7 +345,7 @@ class Cluster:
             return set()
         self._start_watchers(deadline[0])
         nodes = self._find_nodes()
-        for node, count in plan(nodes, len(gone), self.config.tensor_parallel_size, self.config.gpus_per_node):
+        for node, count in plan(nodes, len(gone), self.config.gpus_of_one_node, self.config.gpus_per_node):
             self._book(gone[:count], node, deadline)
             gone = gone[count:]
         return {*gone}

@@ -290,6 +290,11 @@ class Config:
         return (self.shard_size or self.num_gpus) if self.trainer == "fsdp" else 1
 
     @property
+    def gpus_of_one_node(self) -> int:
+        """So many bundles in a row must be on one node: an engine's, and those of a replica's shards."""
+        return math.lcm(self.tensor_parallel_size, self.replica_size)
+
+    @property
     def num_engines(self) -> int:
         return self.num_gpus // self.tensor_parallel_size
 

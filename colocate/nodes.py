@@ -66,13 +66,13 @@ def find_nodes() -> list[Node]:
     return [node for _, node in sorted(found, key=lambda pair: (pair[0], pair[1].address))]
 
 
-def plan(nodes: list[Node], count: int, tp: int, per_node: int | None = None) -> list[tuple[Node, int]]:
-    """So many GPUs on these nodes, of each a multiple of tp: an engine is never split over nodes. [(node, GPUs)].
+def plan(nodes: list[Node], count: int, unit: int, per_node: int | None = None) -> list[tuple[Node, int]]:
+    """So many GPUs on these nodes, of each a multiple of `unit`, which is never split over nodes. [(node, GPUs)].
 
     On one node if it has room for all, else on as few as possible. per_node: GPUs of a node, at most. Fewer than
     `count` in all, where there are not enough.
     """
-    room = {node: min(node.free, per_node or node.free) // tp * tp for node in nodes}
+    room = {node: min(node.free, per_node or node.free) // unit * unit for node in nodes}
     whole = [node for node in nodes if room[node] >= count]
     order = whole or sorted(nodes, key=lambda node: -room[node])  # stable: the head first, where they are alike
     found = []
@@ -84,7 +84,7 @@ def plan(nodes: list[Node], count: int, tp: int, per_node: int | None = None) ->
 
 
 def require_room(
-    found: list[tuple[Node, int]], nodes: list[Node], count: int, tp: int, address: str, reasons: list[str] = ()
+    found: list[tuple[Node, int]], nodes: list[Node], count: int, unit: int, address: str, reasons: list[str] = ()
 ) -> None:
     """Raise Stop(MISSING) unless `plan` has found so many GPUs. The message names every node.
 
@@ -93,8 +93,8 @@ def require_room(
     have = sum(take for _, take in found)
     free = sum(node.free for node in nodes)
     message = f"The Ray cluster at {address!r} has {free} free GPUs, and {count} are needed"
-    if tp > 1:
-        message += f", {tp} on one node for each engine"
+    if unit > 1:
+        message += f", each {unit} on one node"
     message += "".join(f"; {node} has {node.free} of {node.gpus} free" for node in nodes)
     message += "".join(f"; {reason}" for reason in reasons)
     fix = f"--num-gpus {have}" if have else f"--tensor-parallel-size {max([1, *(n.free for n in nodes)])}"

@@ -14,9 +14,15 @@ from running import ROOT, TINY, Run, deadline, patience, shape
 
 from colocate import memory
 from colocate.config import USAGE, Config, Stop, check_layout
+from colocate.sharding import rank_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from shard_scaling import shard_of  # noqa: E402
 
 WORLD = 4
 # {case: (family, trainers of a replica, options of Learner)}; with 0 none is sharded. Each case makes two steps.
+TWICE = {"num_iterations": 2, "correction": "sequence", "weight_decay": 0.1, "lr_scheduler": "linear"}
+TWICE |= {"scheduled_steps": 3, "temperature": 0.8}
 CASES = {
     "qwen2 replicated": ("qwen2", 0, {"kl_coef": 0.1}),
     "qwen2 4": ("qwen2", 4, {"kl_coef": 0.1}),
@@ -24,8 +30,8 @@ CASES = {
     "llama replicated": ("llama", 0, {}),
     "llama 4": ("llama", 4, {"gradient_checkpointing": True}),
     "llama 1": ("llama", 1, {}),
-    "opt replicated": ("opt", 0, {}),
-    "opt 2": ("opt", 2, {}),
+    "opt replicated": ("opt", 0, TWICE),
+    "opt 2": ("opt", 2, TWICE),
     "qwen3_moe replicated": ("qwen3_moe", 0, {}),
     "qwen3_moe 4": ("qwen3_moe", 4, {}),
     "llama-half replicated": ("llama-half", 0, {"kl_coef": 0.1}),
@@ -162,7 +168,7 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
     world = torch.distributed.get_world_size()
     model = model_of(family)
     held = Shard(model, size, torch.device("cpu")) if size else Whole(model)
-    common = {"learning_rate": 1e-3, "clip_range": 0.2, "kl_coef": 0.0, "offload": False, "micro_batch_size": 1}
+    common = {"learning_rate": 1e-3, "epsilon": 0.2, "kl_coef": 0.0, "offload": False, "micro_batch_size": 1}
     learner = Learner(model, True, held=held, **common | options)
     addresses = [w.data_ptr() for w in held.memory.values()]
     if start:
@@ -213,6 +219,14 @@ def trainer(folder: str, rank: int, world: int, port: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What they have
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_trainers_beside_workers_of_one_tp_rank_have_neighbouring_ranks():
+    assert [rank_of(i, 4, 2) for i in range(8)] == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert [rank_of(i, 2, 4) for i in range(4)] == [0, 1, 2, 3], "shards of one worker's GPU and of another's"
+    for size, tp in ((2, 2), (4, 1), (4, 2), (8, 2), (8, 4)):
+        by_scaling = [shard_of(gpu, tp, size, "by TP rank") for gpu in range(8)]
+        assert [rank_of(i, size, tp) % size for i in range(8)] == by_scaling
 
 
 @pytest.fixture(scope="module")
