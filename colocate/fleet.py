@@ -116,8 +116,8 @@ class Fleet:
         broken = self._broken()
         self.ask_living(polite, method)
         self.watch.kill(broken)
-        for actor in self.actors.values():
-            ray.kill(actor)  # on a cluster nothing else does so before their processes are killed
+        for name in self.actors.keys() - broken:  # without a Ray that hears it, this might not return
+            ray.kill(self.actors[name])
 
     def _broken(self) -> set[str]:
         """Actors that cannot be asked any more: of which a process has ended or is stopped, or all for want of Ray."""
