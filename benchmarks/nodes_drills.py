@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +38,22 @@ TINY |= {"intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads"
 LAYOUT = ["--num-gpus", "4", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", "8"]
 LAYOUT += ["--prompts-per-step", "4", "--group-size", "4", "--load-format", "dummy"]
 LEFT_S = 60  # that hosts have to end what a run has left
-OTHER_JOB = "import ray, time; ray.init('{}'); f = ray.remote(num_gpus=1)(lambda: time.sleep(600)); "
-OTHER_JOB += "r = f.remote(); time.sleep(8); print('taken', flush=True); time.sleep(600)"
+OTHER_JOB = """
+import ray, time
+
+@ray.remote(num_gpus=1, num_cpus=0)
+class OtherJob:
+    def start(self):
+        print("started")
+
+ray.init("{}", log_to_driver=False)
+job = OtherJob.remote()
+ray.get(job.start.remote())
+print("taken", flush=True)
+time.sleep(600)
+"""
+# What a drill itself puts on a host.
+NOT_LEFT = re.compile("/dev/shm/filler|ray::OtherJob")
 
 
 def kill(host: Host, title: str) -> None:
@@ -139,7 +155,7 @@ DRILLS = {
         "a second job on the same cluster has taken a GPU of the other node",
         "the run does not start, and names the nodes and their free GPUs",
         lambda hosts: second_job(hosts),
-        rf"has 3 free GPUs, and 4 are needed.*{SECOND} has 1 of 2 free",
+        r"has 3 free GPUs, and 4 are needed.* has 1 of 2 free",
     ),
 }
 # [(drills of one run, hosts, flags, exit code)]; those of START strike before it starts.
@@ -159,8 +175,6 @@ START = {"other-package", "no-model", "full-shm", "second-job"}
 
 def other_version(host: Host, package: str) -> None:
     """Let a package say that it is version 1.2.3, on this host alone."""
-    import importlib.metadata
-
     file = Path(importlib.metadata.distribution(package)._path) / "METADATA"
     text = re.sub(r"^Version: .*$", "Version: 1.2.3", file.read_text(), count=1, flags=re.MULTILINE)
     host.run("tee", "/tmp/METADATA", input=text)
@@ -168,8 +182,6 @@ def other_version(host: Host, package: str) -> None:
 
 
 def second_job(hosts: Hosts) -> None:
-    import os
-
     command = hosts[1].command(sys.executable, "-c", OTHER_JOB.format(hosts.address))
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "TMPDIR")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -183,7 +195,7 @@ def left_on(hosts: Hosts) -> dict[str, list[str]]:
     end = time.monotonic() + LEFT_S
     while True:
         found = {host.name: host.left() for host in hosts.hosts if host.outer.poll() is None}
-        found = {name: [f for f in rest if "filler" not in f] for name, rest in found.items()}
+        found = {name: [f for f in rest if not NOT_LEFT.match(f)] for name, rest in found.items()}
         found = {name: rest for name, rest in found.items() if rest}
         if not found or time.monotonic() > end:
             return found
@@ -262,7 +274,7 @@ def main() -> int:
             rows |= {row["drill"]: row for row in play(chosen, *rest)}
             if args.output:
                 report = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": find_packages()[0]}
-                report |= {"hardware": {"gpus": [], "cpu_cores": __import__("os").cpu_count()}}
+                report |= {"hardware": {"gpus": [], "cpu_cores": os.cpu_count()}}
                 report["rows"] = [rows[name] for name in DRILLS if name in rows]
                 Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     return 0 if all(row["as_stated"] and not row["left_behind"] for row in rows.values()) else 1

@@ -110,10 +110,14 @@ class Fleet:
         self.missing -= names
 
     def close(self, polite: list[str], method: str) -> None:
-        """Let the actors `polite` call `method`, as far as they can; end those that are stopped or half dead."""
+        """Let the actors `polite` call `method`, as far as they can; then end all."""
+        import ray
+
         broken = self._broken()
         self.ask_living(polite, method)
         self.watch.kill(broken)
+        for name in self.actors.keys() - broken:  # without a Ray that hears it, this might not return
+            ray.kill(self.actors[name])
 
     def _broken(self) -> set[str]:
         """Actors that cannot be asked any more: of which a process has ended or is stopped, or all for want of Ray."""

@@ -16,10 +16,11 @@ import pytest
 from hosts import Host, Hosts, Run, why_not
 from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
-from colocate.cluster import Cluster
+from colocate.cluster import Cluster, environment
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
 from colocate.nodes import ClusterWatch, Node, link, list_files, plan, require_room, write
-from colocate.preflight import differences
+from colocate.preflight import differences, preflight
+from colocate.report import Report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Without Ray
@@ -102,6 +103,20 @@ def test_a_layout_may_go_on_smaller():
         cluster.places = {0: (None, 0, None), 1: (None, 1, None)}
         with pytest.raises(Stop, match=says) if says else nullcontext():
             cluster.require_enough({2, 3})
+
+
+def test_trainers_meet_over_the_interface_that_the_user_names(monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    env = environment(Config(ray_address="auto", master_interface="ib0"), Path("/tmp"), rehearsal=True)
+    assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert not env["PYTHONPATH"], "our folder may not be on the nodes: Ray brings the modules"
+
+
+def test_flags_of_a_cluster_are_refused_without_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(Stop, match=r"--min-gpus is for a cluster .* Try: --ray-address auto") as stop:
+        preflight(Config(min_gpus=2), Report(Config(), []), tmp_path)
+    assert stop.value.code == USAGE
 
 
 @pytest.mark.parametrize("example", ["slurm.sbatch", "kuberay.yaml"])
