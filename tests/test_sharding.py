@@ -17,7 +17,7 @@ from colocate.config import USAGE, Config, Stop, check_layout
 from colocate.sharding import rank_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from shard_scaling import shard_of  # noqa: E402
+from shard_scaling import shard_of
 
 WORLD = 4
 # {case: (family, trainers of a replica, options of Learner)}; with 0 none is sharded. Each case makes two steps.
