@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from colocate import checkpoint, checks, cluster, memory, sharding, trace
+from colocate import checkpoint, checks, cluster, memory, trace
 from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
@@ -96,9 +96,10 @@ class RayTrainingActor:
         """
         import rlhf_utils
         from colocate.learner import Learner, join_group
+        from colocate.sharding import Shard, Whole
 
         join_group(rank, addresses, timeout_s, self.device, sharded=bool(shards))
-        self.held = sharding.Shard(self.model, shards, self.device) if shards else sharding.Whole(self.model)
+        self.held = Shard(self.model, shards, self.device) if shards else Whole(self.model)
         if self.device.type == "cpu":
             rlhf_utils.share_memory([*self.held.memory.values(), self.version])
         # By the checkpoint's names: views, or pieces of them, no copies.

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colocate.config import DEFAULT_MODEL, LONGEST_PROMPT, MISSING, USAGE, Config, Stop
-from colocate.sharding import decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -439,6 +438,8 @@ def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from colocate.sharding import decoder_layers
 
     build = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     if weights is None:

@@ -5,23 +5,22 @@ hybrid sharding (HSDP) if there are several replicas. Every forward and backward
 weights layer by layer, so all trainers must make each of them together.
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
-Knows neither Ray, vLLM nor handles. torch is imported inside functions: the driver reads this file, too.
+Knows neither Ray, vLLM nor handles.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers of a transformers model, by its config's count of them; none if they are not found."""
-    import torch
-
     count = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
     return next((list(layers) for layers in lists if len(layers) == count), [])
@@ -70,8 +69,6 @@ class Whole:
 
     def begin_step(self, masters: list[torch.Tensor], device: torch.device) -> None:
         """Make room for the gradient: one flat float32 tensor, for a single all-reduce."""
-        import torch
-
         sizes = [m.numel() for m in masters]
         self.gradient = torch.zeros(sum(sizes), device=device)
         parts = self.gradient.split(sizes)
@@ -81,8 +78,6 @@ class Whole:
 
     def sum_gradients(self, masters: list[torch.Tensor]) -> None:
         """Let every master have the sum of all trainers' gradients."""
-        import torch
-
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.gradient)
 
@@ -105,8 +100,6 @@ class Whole:
     @contextlib.contextmanager
     def computing_with(self, values: Iterable[torch.Tensor]) -> Iterator[None]:
         """The model has these values for the time: as many as in `memory`, and of these shapes."""
-        import torch
-
         held = self._held()
         before = [t.clone() for t in held]
         with torch.no_grad():
@@ -148,10 +141,6 @@ class Shard(Whole):
         model: on the host, where it may be larger than a GPU: one layer after the other goes to the device.
         Raises ValueError if its layers are not found.
         """
-        import torch
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
         layers = decoder_layers(model)
         if not layers:
             raise ValueError(f"the layers of {type(model).__name__} were not found. Try: --trainer replicated")
@@ -198,23 +187,17 @@ class Shard(Whole):
         self.model.reshard()
 
     def norm(self, norm: torch.Tensor) -> torch.Tensor:
-        import torch
-
         square = norm.square()
         torch.distributed.all_reduce(square, group=self.group)
         return square.sqrt()
 
     def most(self, count: int) -> int:
         """As many as the trainer that needs most: each gathers and reduces, and would wait for the others."""
-        import torch
-
         most = torch.tensor(count, device=next(iter(self.memory.values())).device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
 
     def gather_names(self, name: str) -> list[str]:
-        import torch
-
         names = [""] * self.size
         torch.distributed.all_gather_object(names, name, group=self.group)
         return names
@@ -235,8 +218,6 @@ class Shard(Whole):
         return self.computing_with(self.memory.values())
 
     def placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        from torch.distributed.tensor import DTensor
-
         # DTensor.from_local would bring a tensor that is offloaded to the GPU.
         return DTensor(tensor, self.parameters[name]._spec, requires_grad=False)
 

@@ -12,8 +12,8 @@ from running import LONG, ROOT, TINY, deadline, patience, shape
 from benchmarks.drills import DRILLS, FAULTS, FLAGS, runs
 
 pytestmark = pytest.mark.e2e
-# What these show is tested elsewhere at less cost: the first in "kill-worker-twice", which begins as it does; the
-# second in test_sharding.py; the others in test_live.py, where they need no run of their own.
+# What these show is tested elsewhere at less cost: the first in "kill-worker-twice", which begins as it does; that of
+# shards in test_sharding.py; the others in test_live.py, where they need no run of their own.
 ELSEWHERE = {
     "kill-worker-idle",
     "kill-shard-of-set",

@@ -25,6 +25,8 @@ MUST_NOT_KNOW = {
     "watch": {"torch", "ray", "vllm"},
     "grpo": {"ray", "vllm", "colocate.learner"},
     "learner": {"ray", "vllm", "rlhf_utils"},
+    "sharding": {"ray", "vllm", "rlhf_utils", "colocate.learner"},
+    "trainer_state": {"ray", "vllm", "rlhf_utils", "colocate.sharding"},
     "report": {"torch", "ray", "vllm", "colocate.fleet", "colocate.cluster"},
     "cluster": {"torch", "vllm", "transformers", "colocate.model_folder"},
     "fleet": {"torch", "vllm", "transformers", "rlhf_utils"},
