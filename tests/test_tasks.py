@@ -642,6 +642,21 @@ def test_a_reward_that_hangs_or_dies_is_named_with_its_prompt(name, says, model,
     assert not multiprocessing.active_children(), "it is cut off"
 
 
+def test_a_script_that_runs_when_it_is_imported_is_told(file, tmp_path):
+    script = file("mine.py", f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from colocate.config import Stop
+        from colocate.rewards import Workers
+        try:
+            Workers(1, 10)
+        except Stop as stop:
+            print(stop)
+    """)  # fmt: skip
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=deadline(60))
+    assert done.stdout.splitlines()[-1].startswith("The processes for --reward did not start. Try: --reward-workers 0")
+
+
 def test_the_processes_of_rewards_end_with_the_driver(file):
     """However it ends: here it is killed while a reward is computed."""
     reward = file("hanging.py", HANGING) + ":hangs"
