@@ -57,13 +57,13 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def teach(folder: Path, words: list[str], lines: list[tuple[str, str]], seed: int, steps: int) -> None:
-    """Write a Qwen2 of 0.3 million parameters that has seen (prompt, answer) in so many steps of 64 lines each.
+    """Write a Granite of 0.3 million parameters that has seen (prompt, answer) in so many steps of 64 lines each.
 
     words: all that its tokenizer knows, a token each; the first one ends an answer.
     """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more only get in each other's way, with tensors as small as these
@@ -73,7 +73,9 @@ def teach(folder: Path, words: list[str], lines: list[tuple[str, str]], seed: in
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=it, eos_token=words[0])
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 512}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0))
+    # transformers loads a Granite with the tokenizer that is there; to a Qwen or a Llama it brings rules of its own.
+    options = {"attention_multiplier": 32**-0.5, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0}
+    model = GraniteForCausalLM(GraniteConfig(**sizes, **options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     encoded = [[tokenizer(text)["input_ids"] for text in (prompt, answer + words[0])] for prompt, answer in lines]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
@@ -96,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("data", "model"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the split, and of the model")
-    parser.add_argument("--taught-steps", type=int, default=180, help="of the model")
+    parser.add_argument("--taught-steps", type=int, default=220, help="of the model")
     given = parser.parse_args()
     if given.what == "data":
         write_data(given.folder, given.seed)
