@@ -78,7 +78,7 @@ def test_a_task_of_ones_own_with_a_tool(tmp_path):
     first = [(f"{a}+{b}=", f"<calc>{a}+{b}</calc>") for a, b in pairs]
     second = [(f"{a}+{b}=<calc>{a}+{b}</calc> {a + b}\n", str(a + b)) for a, b in pairs]
     model = tmp_path / "model"
-    arithmetic.teach(model, WORDS, first + second, seed=0, steps=120)
+    arithmetic.teach(model, WORDS, first + second, seed=0, steps=70)
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[::2])))
     (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows[1::2])))
