@@ -6,7 +6,8 @@
         --prompt-column text --reward examples/arithmetic.py:right --reward examples/arithmetic.py:formatted \
         --reward-weights 1,0.1
 
-A chat model takes the column `prompt`, which is the default, and needs more --max-tokens. The rewards have TRL's form.
+A chat model takes the column `prompt`, which is the default, with --max-tokens 16: SmolLM2-135M-Instruct gets one of six
+right before it learns, and the format always. The rewards have TRL's form.
 """
 
 from __future__ import annotations
@@ -20,19 +21,24 @@ from pathlib import Path
 FORMAT = re.compile(r"\s*<answer>(\d+)</answer>\s*")
 LARGEST = 29  # of the numbers that are added
 HELD_OUT = 200  # sums
+SHOWN = [(2, 3), (14, 7)]  # to a chat model, with their answers
 
 
 def sums(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(pairs to learn from, pairs that are held out), the same for the same seed."""
-    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
+    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1) if (a, b) not in SHOWN]
     random.Random(seed).shuffle(pairs)
     return pairs[HELD_OUT:], pairs[:HELD_OUT]
 
 
 def row(a: int, b: int) -> dict:
     """text: for a model of this task alone; prompt: for a chat model; answer: for the rewards."""
-    question = f"What is {a} + {b}? Give the number only, as in <answer>7</answer>."
-    return {"text": f"{a}+{b}=", "prompt": [{"role": "user", "content": question}], "answer": str(a + b)}
+    messages = []
+    for x, y in [*SHOWN, (a, b)]:
+        messages += [{"role": "user", "content": f"What is {x} + {y}?"}]
+        messages += [{"role": "assistant", "content": f"<answer>{x + y}</answer>"}]
+    messages.pop()
+    return {"text": f"{a}+{b}=", "prompt": messages, "answer": str(a + b)}
 
 
 def text_of(completion: str | list[dict]) -> str:
