@@ -6,8 +6,8 @@
         --prompt-column text --reward examples/arithmetic.py:right --reward examples/arithmetic.py:formatted \
         --reward-weights 1,0.1
 
-A chat model takes the column `prompt`, which is the default, with --max-tokens 16: SmolLM2-135M-Instruct gets one of six
-right before it learns, and the format always. The rewards have TRL's form.
+A chat model takes the column `prompt`, which is the default, with --max-tokens 16: SmolLM2-135M-Instruct gets one of
+six right before it learns, and the format always. The rewards have TRL's form.
 """
 
 from __future__ import annotations
