@@ -57,14 +57,19 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--model", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("rest", nargs="*", help="flags of rlhf_colocate.py, after --")
-    given = parser.parse_args()
+    own = sys.argv[1:]
+    rest = []  # flags of rlhf_colocate.py
+    if "--" in own:
+        at = own.index("--")
+        rest = own[at + 1 :]
+        own = own[:at]
+    given = parser.parse_args(own)
     name = Path(given.model).name.lower()
     failed = 0
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "report.json"
-            asked = command(given.data, given.model, seed, file, given.rest)
+            asked = command(given.data, given.model, seed, file, rest)
             done = subprocess.run(asked, env=os.environ | {"PYTHONUNBUFFERED": "1"})
             if done.returncode:
                 failed = done.returncode

@@ -370,7 +370,7 @@ def check_range(config: Config) -> None:
         name = "--" + f.name.replace("_", "-")
         value = getattr(config, f.name)
         for text in value if isinstance(value, tuple) else [value]:
-            empty = isinstance(text, str) and not text.strip()
+            empty = isinstance(text, str) and not (text if f.name == "stop" else text.strip())  # which may be a newline
             refuse_unless(not empty, f"{name} has an empty value. Give it one, or leave {name} out")
         if value is None or isinstance(value, (str, bool, tuple)):
             continue

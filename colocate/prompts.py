@@ -87,7 +87,7 @@ def by_datasets(file: Path, kind: str | None, split: str, name: str) -> dict[str
     refuse_unless(file.exists(), f"{name} cannot be read: No such file or directory. Give another file")
     found = importlib.util.find_spec("datasets")
     message = f"{name} is read by the library datasets, which is not installed. Try: pip install datasets"
-    refuse_unless(bool(found), message, MISSING)
+    refuse_unless(bool(found and found.origin), message, MISSING)  # a mere folder of that name has no origin
     import datasets
 
     datasets.disable_progress_bars()

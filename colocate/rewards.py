@@ -203,12 +203,17 @@ class Workers:
     """Processes beside the driver, in which --reward's functions run: one that hangs can be cut off."""
 
     def __init__(self, count: int, timeout_s: float):
-        """Starts them, before there is a Ray: what the driver starts later counts as Ray's."""
+        """Starts them, before there is a Ray: what the driver starts later counts as Ray's. Raises Stop(USAGE)."""
         self.count = count
         self.timeout_s = timeout_s
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit Ray's locks without its threads
         self.pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn, initializer=begin)
-        concurrent.futures.wait([self.pool.submit(begin) for _ in range(count)])
+        try:
+            concurrent.futures.wait([self.pool.submit(begin) for _ in range(count)])
+            self.pool.submit(begin).result()
+        except concurrent.futures.BrokenExecutor:  # they import the main script, which must not run there
+            fix = 'Try: --reward-workers 0, or call main() below: if __name__ == "__main__"'
+            raise Stop(f"The processes for --reward did not start. {fix}", USAGE) from None
 
     def __call__(self, where: str, answers: list[Answer]) -> list[float | None]:
         """`Reward.__call__` of all answers. Raises TaskError also for a function that hangs or ends its process."""

@@ -71,7 +71,10 @@ def check(names: str | None) -> None:
     for name in split(names):
         refuse_unless(name in KINDS, f"--report-to {name} is none of {', '.join(KINDS)}. Try: --report-to tensorboard")
         found = importlib.util.find_spec(name)
-        refuse_unless(bool(found), f"--report-to {name} needs its library. Try: pip install {name}", MISSING)
+        # wandb leaves a folder of its name behind, which Python finds as well, but without an origin.
+        refuse_unless(
+            bool(found and found.origin), f"--report-to {name} needs its library. Try: pip install {name}", MISSING
+        )
 
 
 def split(names: str | None) -> list[str]:

@@ -6,7 +6,8 @@
         --prompt-column text --reward examples/arithmetic.py:right --reward examples/arithmetic.py:formatted \
         --reward-weights 1,0.1
 
-A chat model takes the column `prompt`, which is the default, and needs more --max-tokens. The rewards have TRL's form.
+A chat model takes the column `prompt`, which is the default, with --max-tokens 16: SmolLM2-135M-Instruct gets one of
+six right before it learns, and the format always. The rewards have TRL's form.
 """
 
 from __future__ import annotations
@@ -20,19 +21,24 @@ from pathlib import Path
 FORMAT = re.compile(r"\s*<answer>(\d+)</answer>\s*")
 LARGEST = 29  # of the numbers that are added
 HELD_OUT = 200  # sums
+SHOWN = [(2, 3), (14, 7)]  # to a chat model, with their answers
 
 
 def sums(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(pairs to learn from, pairs that are held out), the same for the same seed."""
-    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
+    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1) if (a, b) not in SHOWN]
     random.Random(seed).shuffle(pairs)
     return pairs[HELD_OUT:], pairs[:HELD_OUT]
 
 
 def row(a: int, b: int) -> dict:
     """text: for a model of this task alone; prompt: for a chat model; answer: for the rewards."""
-    question = f"What is {a} + {b}? Give the number only, as in <answer>7</answer>."
-    return {"text": f"{a}+{b}=", "prompt": [{"role": "user", "content": question}], "answer": str(a + b)}
+    messages = []
+    for x, y in [*SHOWN, (a, b)]:
+        messages += [{"role": "user", "content": f"What is {x} + {y}?"}]
+        messages += [{"role": "assistant", "content": f"<answer>{x + y}</answer>"}]
+    messages.pop()
+    return {"text": f"{a}+{b}=", "prompt": messages, "answer": str(a + b)}
 
 
 def text_of(completion: str | list[dict]) -> str:
@@ -57,13 +63,13 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def teach(folder: Path, words: list[str], lines: list[tuple[str, str]], seed: int, steps: int) -> None:
-    """Write a Qwen2 of 0.3 million parameters that has seen (prompt, answer) in so many steps of 64 lines each.
+    """Write a Granite of 0.3 million parameters that has seen (prompt, answer) in so many steps of 64 lines each.
 
     words: all that its tokenizer knows, a token each; the first one ends an answer.
     """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more only get in each other's way, with tensors as small as these
@@ -73,7 +79,9 @@ def teach(folder: Path, words: list[str], lines: list[tuple[str, str]], seed: in
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=it, eos_token=words[0])
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 512}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0))
+    # transformers loads a Granite with the tokenizer that is there; to a Qwen or a Llama it brings rules of its own.
+    options = {"attention_multiplier": 32**-0.5, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0}
+    model = GraniteForCausalLM(GraniteConfig(**sizes, **options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     encoded = [[tokenizer(text)["input_ids"] for text in (prompt, answer + words[0])] for prompt, answer in lines]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
@@ -96,7 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("data", "model"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the split, and of the model")
-    parser.add_argument("--taught-steps", type=int, default=180, help="of the model")
+    parser.add_argument("--taught-steps", type=int, default=220, help="of the model")
     given = parser.parse_args()
     if given.what == "data":
         write_data(given.folder, given.seed)

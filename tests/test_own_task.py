@@ -59,10 +59,12 @@ def test_the_calculator_takes_two_turns():
 
 def test_no_sum_is_in_both_halves_and_the_rewards_know_the_format(tmp_path):
     learned, held_out = arithmetic.sums(0)
-    assert len(held_out) == 200 and not {*learned} & {*held_out} and len(learned) + 200 == 30 * 30
+    assert len(held_out) == 200 and not {*learned} & {*held_out} and len(learned) + 200 == 30 * 30 - 2
     assert arithmetic.sums(0)[1] == held_out != arithmetic.sums(1)[1]
     arithmetic.write_data(tmp_path, 0)
     rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    said = [message["content"] for message in rows[0]["prompt"]]
+    assert said[:2] == ["What is 2 + 3?", "<answer>5</answer>"] and said[-1] == "What is {} + {}?".format(*held_out[0])
     assert rows[0]["text"] == "{}+{}=".format(*held_out[0]) and rows[0]["answer"] == str(sum(held_out[0]))
     said = ["<answer>7</answer>", " <answer>8</answer>\n", "7", "<answer>7</answer>!"]
     assert arithmetic.formatted(said) == [1, 1, 0, 0]
@@ -78,7 +80,7 @@ def test_a_task_of_ones_own_with_a_tool(tmp_path):
     first = [(f"{a}+{b}=", f"<calc>{a}+{b}</calc>") for a, b in pairs]
     second = [(f"{a}+{b}=<calc>{a}+{b}</calc> {a + b}\n", str(a + b)) for a, b in pairs]
     model = tmp_path / "model"
-    arithmetic.teach(model, WORDS, first + second, seed=0, steps=120)
+    arithmetic.teach(model, WORDS, first + second, seed=0, steps=70)
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[::2])))
     (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows[1::2])))

@@ -226,12 +226,22 @@ def test_no_nvidia_smi_is_no_gpu(tmp_path, monkeypatch):
         {"plot": " "},
         {"stage_timeout": ""},
         {"ray_address": ""},
+        {"stop": ("END", "")},
+        {"temperature": 0.0},
+        {"top_p": 1.5},
+        {"epsilon_high": -0.1},
+        {"num_iterations": 0},
+        {"reward_workers": -1},
     ],
 )
 def test_every_flag_has_a_range(values):
     (name,) = values
     with refused(USAGE, "--" + name.replace("_", "-")):
         cc.check_layout(Config(**values))
+
+
+def test_a_newline_may_end_a_completion():
+    cc.check_layout(Config(stop=("\n", " ")))
 
 
 def test_a_pipe_is_an_output():

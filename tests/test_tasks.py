@@ -6,8 +6,10 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,8 @@ import rlhf_colocate as rc
 from colocate.config import FAIL, MISSING, USAGE, Config, Stop, check_loop
 from colocate.memory import rehearsal_kv_bytes
 from colocate.model_folder import Model
-from colocate.prompts import json_lines, read_prompts
-from colocate.rewards import load_reward
+from colocate.prompts import Prompt, json_lines, read_prompts
+from colocate.rewards import Answer, Workers, load_reward
 from colocate.tasks import Task, check_task, multiples_of_8, token_prompts
 
 TEXTS = [
@@ -640,6 +642,37 @@ def test_a_reward_that_hangs_or_dies_is_named_with_its_prompt(name, says, model,
     assert said.startswith(f"reward: hanging.py:{name} {says}")
     assert name != "raises" or "no such thing" in capsys.readouterr().err
     assert not multiprocessing.active_children(), "it is cut off"
+
+
+def test_ctrl_c_ends_a_reward_that_hangs(file):
+    rows = [{"prompt": "p", "answer": "hang"}]
+    answers = [Answer(Prompt([], row["prompt"], row), "c", []) for row in rows]
+    workers = Workers(1, 100)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers(file("hanging.py", HANGING) + ":hangs", answers)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert not multiprocessing.active_children()
+
+
+def test_a_script_that_runs_when_it_is_imported_is_told(file, tmp_path):
+    script = file("mine.py", f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from colocate.config import Stop
+        from colocate.rewards import Workers
+        try:
+            Workers(1, 10)
+        except Stop as stop:
+            print(stop)
+    """)  # fmt: skip
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=deadline(60))
+    assert done.stdout.splitlines()[-1].startswith("The processes for --reward did not start. Try: --reward-workers 0")
 
 
 def test_the_processes_of_rewards_end_with_the_driver(file):
