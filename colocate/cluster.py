@@ -204,6 +204,7 @@ class Cluster:
         config = self.config
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if self.address:
+            os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = env["RAY_IGNORE_UNHANDLED_ERRORS"]  # in this process, too
             modules = [str(ROOT / name) for name in MODULES]
             hook = "colocate.preload.prepare"
             runtime_env = {"env_vars": env, "worker_process_setup_hook": hook, "py_modules": modules}

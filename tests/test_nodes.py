@@ -129,7 +129,9 @@ def test_the_flags_of_an_example_are_the_scripts(example):
 WATCHER = """
 import sys
 from colocate.nodes import NodeWatch
-watch = NodeWatch(*sys.argv[1:])
+watch = NodeWatch(*sys.argv[1:3])
+watch.early_files.add(sys.argv[3])
+watch.note_files()
 print("watching", flush=True)
 sys.stdin.read()
 """
@@ -140,11 +142,11 @@ def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how
     """Neither processes nor files, of this run; those of others stay."""
     mark = f"r{secrets.token_hex(4)}"
     folder = tmp_path / "run"
-    file = Path(f"/dev/shm/{mark}-queue")
+    files = [Path(f"/dev/shm/{name}") for name in (f"{mark}-queue", f"no-{mark}")]  # the second was seen in use
     sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     watcher = WATCHER if how == "kill" else WATCHER + "watch.leave()"
-    command = [sys.executable, "-c", watcher, mark, str(folder)]
+    command = [sys.executable, "-c", watcher, mark, str(folder), files[1].name]
     with (
         subprocess.Popen(sleep, **pipes, env=os.environ | {"MARK": f"/{mark}"}) as ours,
         subprocess.Popen(sleep, **pipes) as other,
@@ -152,18 +154,21 @@ def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how
     ):
         try:
             assert [p.stdout.readline() for p in (ours, other, watch)] == ["\n", "\n", "watching\n"]
-            file.write_bytes(b"x")
+            for file in files:
+                file.write_bytes(b"x")
             assert folder.is_dir()
             if how == "kill":
                 watch.kill()
             else:
                 watch.stdin.close()
-            assert eventually(lambda: ours.poll() is not None and not folder.exists() and not file.exists())
+            assert eventually(lambda: ours.poll() is not None)
+            assert eventually(lambda: not any(path.exists() for path in (folder, *files)))
             assert other.poll() is None
         finally:
             for process in (ours, other, watch):
                 process.kill()
-            file.unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 def test_a_folder_is_told_from_another_one(tmp_path):
