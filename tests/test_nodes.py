@@ -119,6 +119,14 @@ def test_flags_of_a_cluster_are_refused_without_one(tmp_path, monkeypatch):
     assert stop.value.code == USAGE
 
 
+def test_the_table_of_the_placement_shows_nodes_where_there_are_several(capsys):
+    row = {"bundle": 0, "trainer_pid": 1, "engine": 0, "tp_rank": 0, "worker_pid": 2, "gpu": "GPU-a"}
+    Report(Config(), []).placement([row])
+    assert "node" not in capsys.readouterr().out
+    Report(Config(), []).placement([row | {"node": "host1 (10.0.0.1)"}])
+    assert re.search(r"node\n.*GPU-a +host1 \(10\.0\.0\.1\)", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("example", ["slurm.sbatch", "kuberay.yaml"])
 def test_the_flags_of_an_example_are_the_scripts(example):
     command = (ROOT / "examples" / example).read_text().partition("rlhf_colocate.py --")[2].partition("\n  shutdown")[0]
