@@ -184,6 +184,7 @@ class Cluster:
         self.rehearsal = rehearsal
         self.watch = watch
         self.address = address_of(config)
+        self.check: Callable[[ClusterWatch], dict] | None = None  # see `place`
         self.unfit: dict[str, list[str]] = {}  # node's id -> why it is not used
         self.places: dict[int, tuple] = {}  # bundle -> (placement group, index in it, Node or None)
         self.not_ours = frozenset()  # children of this process that are nothing of Ray's
@@ -203,6 +204,7 @@ class Cluster:
         config = self.config
         options = {"log_to_driver": config.verbose, "logging_level": "error"}
         if self.address:
+            os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = env["RAY_IGNORE_UNHANDLED_ERRORS"]  # in this process, too
             modules = [str(ROOT / name) for name in MODULES]
             hook = "colocate.preload.prepare"
             runtime_env = {"env_vars": env, "worker_process_setup_hook": hook, "py_modules": modules}
@@ -228,8 +230,8 @@ class Cluster:
         """ray.init, until a deadline: (time on the monotonic clock, seconds that this gave, the flag that sets them).
 
         env: variables of Ray's processes, beside those of `environment`. Raises Stop(FAIL) for a private Ray that does
-        not start, or is late; Stop(MISSING) if there is none at the address, or one with too few free GPUs;
-        KeyboardInterrupt at once. Nothing is left of it then.
+        not start, or is late; Stop(MISSING) if there is none at the address; KeyboardInterrupt at
+        once. Nothing is left of it then.
 
         ray.init runs in a thread, so that the main thread, which alone hears signals, can give up a start that hangs.
         Ray's Python part then leaves SIGTERM alone, which it takes in the main thread only; see hear_signals_again.
@@ -285,7 +287,7 @@ class Cluster:
         require_room(found, nodes, n, unit, self.address, reasons)
         return found
 
-    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict] = lambda _: {}) -> None:
+    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict]) -> None:
         """Book the bundles, one per GPU: in one placement group, on a cluster in one on each node that is needed.
 
         check: says what is wrong with the nodes of a cluster, {node's id: lines}. Raises Stop(MISSING) if the GPUs do

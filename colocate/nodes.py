@@ -106,16 +106,15 @@ def require_room(
 # On each node
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Ends what a run has left on a node once the watcher is gone, however it went: its standard input closes then. It is
-# no child of the watcher, since Ray ends those with it.
+# Ends what a run has left on a node once the watcher is gone, however it went: its standard input closes then. From
+# there it has names of files in /dev/shm. It is no child of the watcher, since Ray ends those with it.
 JANITOR = """# JANITOR
 import os, sys
 if os.fork():
     os._exit(0)
 os.setsid()
 from colocate.nodes import clean
-sys.stdin.buffer.read()
-clean(sys.argv[1], sys.argv[2])
+clean(*sys.argv[1:], {*sys.stdin.read().split()})
 """
 
 
@@ -133,15 +132,18 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def clean(mark: str, folder: str) -> None:
-    """End the processes of a run on this host, and remove its files."""
+def clean(mark: str, folder: str, files: set[str]) -> None:
+    """End the processes of a run on this host, and remove its folder and its files in /dev/shm.
+
+    files: those whose names do not begin with the mark.
+    """
     import psutil
 
     end = time.monotonic() + 10
     while (found := marked(mark)) and time.monotonic() < end:
         kill(found)
         psutil.wait_procs(found, timeout=1)
-    remove({name for name in os.listdir("/dev/shm") if name.startswith(mark)})
+    remove(files.union(name for name in os.listdir("/dev/shm") if name.startswith(mark)))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -161,7 +163,22 @@ class NodeWatch(Watch):
         command = [sys.executable, "-c", JANITOR, mark, self.folder]
         janitor = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         self.lifeline = janitor.stdin  # closes with this process
+        self.told: set[str] = set()  # of the files, the janitor
         janitor.wait()
+
+    def note_files(self) -> None:
+        super().note_files()
+        self._tell_janitor()
+
+    def note_early_files(self) -> None:
+        super().note_early_files()
+        self._tell_janitor()
+
+    def _tell_janitor(self) -> None:
+        new = self.all_files() - self.told
+        self.told |= new
+        self.lifeline.write("".join(f"{name}\n" for name in new).encode())
+        self.lifeline.flush()
 
     def processes(self) -> list[psutil.Process]:
         return marked(self.prefix)
@@ -193,9 +210,7 @@ class NodeWatch(Watch):
 
     def leave(self) -> None:
         """End what is left of the run here."""
-        files = self.all_files() - self.others
-        clean(self.prefix, self.folder)
-        remove(files)
+        clean(self.prefix, self.folder, self.all_files())
 
 
 def list_files(folder: Path) -> dict[str, tuple[int, int] | str]:

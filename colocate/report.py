@@ -127,7 +127,7 @@ class Report:
         self.data["placement"] = rows
         self("place", "verified by GPU UUID, both ways:")
         header = ["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU", "node"]
-        print_table(header, [list(row.values()) for row in rows])
+        print_table(header[: len(rows[0])], [list(row.values()) for row in rows])
 
     # --- the push and its proof
 

@@ -125,7 +125,8 @@ class Host(Namespaces):
 
     def processes(self) -> dict[int, str]:
         """{pid inside: command line} of all."""
-        code = "import json, psutil; print(json.dumps([[p.pid, ' '.join(p.cmdline())] for p in psutil.process_iter()]))"
+        code = "import json, psutil; found = psutil.process_iter(['cmdline']); "
+        code += "print(json.dumps([[p.pid, ' '.join(p.info['cmdline'] or [])] for p in found]))"
         return dict(json.loads(self.run(sys.executable, "-c", code)))
 
     def left(self) -> list[str]:

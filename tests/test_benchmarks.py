@@ -32,6 +32,14 @@ def test_push_benchmark(tmp_path):
     assert rows["recorded"]["shard_bytes"] > 0 and rows["recorded"]["soak_pushes"] == 20
 
 
+def test_control_benchmark(tmp_path):
+    found = report(tmp_path, "control_scaling.py", "2", "4")
+    assert [(row["gpus"], row["engines"], row["processes"]) for row in found["rows"]] == [(2, 1, 3), (4, 2, 6)]
+    assert [row["lost"] for row in found["rows"]] == [["engine 0"], ["engine 1"]]
+    assert all(row["ask_ms"] > 0 and row["watch_ms"] > 0 and row["recovery_s"] > 0 for row in found["rows"])
+    assert {fit["y"] for fit in found["fits"]} >= {"placement_s", "ask_ms", "beyond_ray_ms", "watch_ms", "recovery_s"}
+
+
 def test_rollout_benchmark(tmp_path):
     sizes = ["--max-tokens", "8", "--prompts-per-step", "2", "--group-size", "3", "--rounds", "2"]
     found = report(tmp_path, "bench_rollout.py", *shape(tmp_path, **TINY), "--dtype", "float32", *sizes)

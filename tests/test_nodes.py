@@ -119,6 +119,14 @@ def test_flags_of_a_cluster_are_refused_without_one(tmp_path, monkeypatch):
     assert stop.value.code == USAGE
 
 
+def test_the_table_of_the_placement_shows_nodes_where_there_are_several(capsys):
+    row = {"bundle": 0, "trainer_pid": 1, "engine": 0, "tp_rank": 0, "worker_pid": 2, "gpu": "GPU-a"}
+    Report(Config(), []).placement([row])
+    assert "node" not in capsys.readouterr().out
+    Report(Config(), []).placement([row | {"node": "host1 (10.0.0.1)"}])
+    assert re.search(r"node\n.*GPU-a +host1 \(10\.0\.0\.1\)", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("example", ["slurm.sbatch", "kuberay.yaml"])
 def test_the_flags_of_an_example_are_the_scripts(example):
     command = (ROOT / "examples" / example).read_text().partition("rlhf_colocate.py --")[2].partition("\n  shutdown")[0]
@@ -129,7 +137,9 @@ def test_the_flags_of_an_example_are_the_scripts(example):
 WATCHER = """
 import sys
 from colocate.nodes import NodeWatch
-watch = NodeWatch(*sys.argv[1:])
+watch = NodeWatch(*sys.argv[1:3])
+watch.early_files.add(sys.argv[3])
+watch.note_files()
 print("watching", flush=True)
 sys.stdin.read()
 """
@@ -140,11 +150,11 @@ def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how
     """Neither processes nor files, of this run; those of others stay."""
     mark = f"r{secrets.token_hex(4)}"
     folder = tmp_path / "run"
-    file = Path(f"/dev/shm/{mark}-queue")
+    files = [Path(f"/dev/shm/{name}") for name in (f"{mark}-queue", f"no-{mark}")]  # the second was seen in use
     sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     watcher = WATCHER if how == "kill" else WATCHER + "watch.leave()"
-    command = [sys.executable, "-c", watcher, mark, str(folder)]
+    command = [sys.executable, "-c", watcher, mark, str(folder), files[1].name]
     with (
         subprocess.Popen(sleep, **pipes, env=os.environ | {"MARK": f"/{mark}"}) as ours,
         subprocess.Popen(sleep, **pipes) as other,
@@ -152,18 +162,21 @@ def test_nothing_stays_on_a_node_whose_watcher_leaves_or_is_killed(tmp_path, how
     ):
         try:
             assert [p.stdout.readline() for p in (ours, other, watch)] == ["\n", "\n", "watching\n"]
-            file.write_bytes(b"x")
+            for file in files:
+                file.write_bytes(b"x")
             assert folder.is_dir()
             if how == "kill":
                 watch.kill()
             else:
                 watch.stdin.close()
-            assert eventually(lambda: ours.poll() is not None and not folder.exists() and not file.exists())
+            assert eventually(lambda: ours.poll() is not None)
+            assert eventually(lambda: not any(path.exists() for path in (folder, *files)))
             assert other.poll() is None
         finally:
             for process in (ours, other, watch):
                 process.kill()
-            file.unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 def test_a_folder_is_told_from_another_one(tmp_path):
@@ -218,8 +231,9 @@ def kill_worker(host: Host) -> None:
 @needs_hosts
 def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
     first, second = hosts
-    at = [(r"\[step\] .*1/", lambda: kill_worker(second)), (r"\[step\] .*4/", second.kill)]
-    flags = ["--steps", "6", "--max-restarts", "2", "--min-gpus", "2"]
+    # Many steps, of a tenth of a second each: the run goes on while a worker is looked for.
+    at = [(r"\[step\] +1/", lambda: kill_worker(second)), ("recovered in", lambda: None), (r"\[step\] ", second.kill)]
+    flags = ["--steps", "60", "--max-restarts", "2", "--min-gpus", "2"]
     run = Run(hosts, shared, *TWO, *flags, *shape(shared, **TINY), at=at, seconds=deadline(300))
     assert run.code == PASS, run.output
     require_proof(run.report)
@@ -231,5 +245,5 @@ def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
     assert "the node host2 (10.77.0.2) " in host["message"] and "ActorUnavailable" not in host["message"]
     assert "the node host2 (10.77.0.2) is gone (its watcher has ended)" in run.output
     assert "Traceback" not in run.output
-    assert [row["step"] for row in run.report["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in run.report["steps"]] == [*range(1, 61)]
     assert eventually(lambda: not first.left()), first.left()
