@@ -387,13 +387,15 @@ class Colocation:
 
     def join_trainers(self) -> None:
         """Let them make their process group and their optimizers."""
+        from colocate.sharding import rank_of
+
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
         shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
         rest = (addresses, timeout_s, shards, resume, self.config.learner_options)
-        ranks = [sharding.rank_of(i, max(shards, 1), self.config.tensor_parallel_size) for i in range(len(addresses))]
+        ranks = [rank_of(i, shards or 1, self.config.tensor_parallel_size) for i in range(len(addresses))]
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
     def engine_args(self) -> dict:
