@@ -43,9 +43,7 @@ from colocate.signals import interrupts_deferred
 from colocate.tasks import Task
 from colocate.watch import join_names
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The task
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. The task ----------------------------------------------------------------------------------------------------
 
 PROMPTS = [  # YOURS, or --prompts FILE
     "The capital of France is",
@@ -58,12 +56,12 @@ PROMPTS = [  # YOURS, or --prompts FILE
 def reward(prompt: str, completion: str) -> float:  # YOURS, or --reward FILE.py:FUNCTION
     """The share of words that begin with a capital letter. (A model without a tokenizer gets another, see Task.)"""
     words = [w for w in completion.split() if w[0].isalpha()]
-    return sum(w[0].isupper() for w in words) / max(len(words), 4)  # a short answer does not get around it
+    return sum(w[0].isupper() for w in words) / max(
+        len(words), 4
+    )  # at least 4: one capitalised word alone does not score 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The two kinds of actors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. The two kinds of actors -------------------------------------------------------------------------------------
 
 
 class RayTrainingActor:
@@ -174,7 +172,7 @@ class MyLLM:
     """
 
     def __init__(self, bundle_indices: list[int], gpu_share: float, master_port: int):
-        self.version: int | None = 0  # of its weights; None: part of a push, or dropped
+        self.version: int | None = 0  # of its weights; None: incomplete, or dropped
         self.asleep: set[str] = set()
         self.cached = False  # keys and values of prompts, by the weights of now, may be in the prefix cache
         # Read by vLLM's Ray executor when the engine is built.
@@ -207,7 +205,9 @@ class MyLLM:
         """
         wake_ms = self.wake_up("weights")
         workers = self.collective_rpc(method, argument)
-        if wrong := {w["version"] for w in workers} - {version}:  # of push_weights they have raised before
+        if wrong := {w["version"] for w in workers} - {
+            version
+        }:  # push_weights has raised then; the simple push has not
             raise RuntimeError(f"the workers read weights of version {sorted(wrong)}, not {version}")
         reset_ms = self.reset_prefix_cache()
         self.version = version
@@ -216,7 +216,7 @@ class MyLLM:
     def reset_prefix_cache(self) -> float:
         """Forget what prompts have left there, unless nothing was generated since the last time. Milliseconds.
 
-        vLLM walks over every block. Once the trainers are busy that costs no time; a push does it otherwise.
+        vLLM walks over every block. `train` asks for it while the trainers work; `push` does it otherwise.
         """
         start = time.perf_counter()
         if self.cached and not self.llm.reset_prefix_cache():
@@ -240,7 +240,7 @@ class MyLLM:
         return before, max(self.collective_rpc("gpu_used_bytes"))
 
     def wake_up(self, tag: str) -> float:
-        """ "weights", then a push, then "kv_cache". Milliseconds: nothing to do for an engine that is awake."""
+        """Wake the part with this tag, if it sleeps: "weights", then a push, then "kv_cache". Returns milliseconds."""
         start = time.perf_counter()
         if tag == "kv_cache" and tag in self.asleep and self.version is None:
             raise RuntimeError("the KV cache wakes up after the push, which it would be in the way of")
@@ -250,7 +250,7 @@ class MyLLM:
         return 1e3 * (time.perf_counter() - start)
 
     def generate(self, prompts: list[list[int]], version: int, seeds: list[int] | None, **sampling) -> list[list[dict]]:
-        """Completions of each prompt (see `sample_of`). One seed for each prompt: another engine repeats them by it."""
+        """Completions of each prompt (see `sample_of`). A seed for each prompt makes them independent of the engine."""
         from vllm import SamplingParams
 
         if self.asleep or self.version != version:
@@ -280,9 +280,7 @@ def sample_of(output, done) -> dict:
     return sample
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The layout
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. The layout --------------------------------------------------------------------------------------------------
 
 
 class Colocation:
@@ -309,8 +307,8 @@ class Colocation:
         self.engines = [f"engine {e}" for e in range(config.num_engines)]
         self.versions = itertools.count(1)  # of the weights: none is given out twice
         self.version = 0
-        self.digests: dict[str, str] = {}  # of the trainers' weights,
-        self.compared = 0  # at this version
+        self.digests: dict[str, str] = {}  # of the trainers' weights
+        self.compared = 0  # the version of which they are
         self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
@@ -399,7 +397,7 @@ class Colocation:
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
     def engine_args(self) -> dict:
-        """Of vllm.LLM. YOURS: what is not here, or --engine-args. The rest has a flag, or must stay for the push."""
+        """Arguments of vllm.LLM. YOURS: add what is missing. What is here has a flag, or the push needs it so."""
         config = self.config
         return config.more_engine_args | dict(
             model=str(self.model.folder),
@@ -481,9 +479,9 @@ class Colocation:
         tokens = max(1, learned_tokens(samples))
         self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
-        emptied = self.fleet.begin(self.engines, "reset_prefix_cache")
+        wait_for_reset = self.fleet.begin(self.engines, "reset_prefix_cache")
         states = self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])
-        emptied()
+        wait_for_reset()
         self.report.trains(states[0]["way"])
         return states[0]["metrics"] | self.sleep_level.measure(samples, [state["gpu"] for state in states])
 
@@ -594,9 +592,7 @@ class Colocation:
         self.report("lost", f"all trainers start again from the checkpoint {self.checkpoint.name}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. The run -----------------------------------------------------------------------------------------------------
 
 
 def prove_push(colocation: Colocation, task: Task) -> list[dict]:
@@ -645,7 +641,10 @@ def compare_elements(colocation: Colocation) -> dict[str, dict]:
 
 
 def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> None:
-    """Rollout, reward while engines fall asleep, train; compare: its replicas. It leaves engines one version behind."""
+    """Rollout, reward while engines fall asleep, train. The engines get the new weights at the next push.
+
+    compare: whether to compare the trainers' replicas afterwards.
+    """
     from colocate.grpo import credit
 
     config = colocation.config
@@ -654,12 +653,12 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
     with stage("rollout"):
         prompts = task.prompts(step)
         samples = task.rollout(colocation.generate, prompts, seed=task.seed(step))
-    asleep = colocation.sleep(samples)
+    wait_for_sleep = colocation.sleep(samples)
     with stage("reward"):
         task.score(prompts, samples)
         credit(samples, config)
     with stage("sleep"):
-        report.sampled(step, samples, task.text, colocation.sleep_level.note(asleep()))
+        report.sampled(step, samples, task.text, colocation.sleep_level.note(wait_for_sleep()))
     with stage("train"):
         metrics = colocation.train(samples)
     if compare:
@@ -687,7 +686,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
     restarts = 0
     while True:
         try:
-            if last is None or lost:
+            if last is None or lost:  # inside the try: a loss meanwhile is survived, too
                 done, metrics = colocation.recover(lost) if lost else colocation.restore()  # the proof's noise goes
             if last is None:
                 first = done + 1
