@@ -140,8 +140,9 @@ class RayTrainingActor:
         return self.state()
 
     def state(self) -> dict:
-        """{"steps": done, "metrics": the last one's}."""
-        return {"steps": self.learner.steps, "metrics": self.learner.metrics}
+        """{"steps": done, "metrics": the last one's, "interrupted": in the middle of another}."""
+        done = {"steps": self.learner.steps, "metrics": self.learner.metrics}
+        return done | {"interrupted": getattr(self.learner, "interrupted", False)}
 
     def get_weight_ipc_handles(self) -> dict[str, dict]:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
@@ -534,6 +535,7 @@ class Colocation:
                     self.save_surviving_state(survivors)
                 self.fleet.end(more | survivors)
                 gone |= more | survivors
+            self.fleet.require_alive("recover")  # more may have gone meanwhile: all of it is replaced together
             if missing := self.cluster.move(self.fleet.deadline()):
                 gone -= self.leave_out(missing)
             self.report("lost", f"replacing {', '.join(sorted(gone))}")

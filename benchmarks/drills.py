@@ -229,7 +229,7 @@ DRILLS = {
         fault="a trainer's piece of one weight is sent as if it began a row earlier",
         expected="the connection is refused, and the weight named; the run goes on",
         moment="push",
-        says=r"refused: engine 0 \(connect_weights\): HandleError: .*overlapping: \S+: pieces of it",
+        says=r"refused: engine 0 \(connect_weights\): HandleError: .*overlapping, or outside of it: pieces of \S+ ",
         run="shards",
     ),
     "swapped-pieces": Drill(

@@ -37,12 +37,16 @@ def milliseconds(call, repeats: int) -> list[float]:
 
 
 def join_peers(trainer, rank: int, world: int, port: int) -> None:
-    """vLLM's transfer merges the trainers' handles over their process group. Imported here, not in a push."""
+    """vLLM's transfer merges the trainers' handles over their process group: on the host, as its example does it.
+
+    Imported here, not in a push.
+    """
     import torch
 
     if torch.version.cuda:
         import vllm.distributed.weight_transfer.ipc_engine  # noqa: F401
     if world > 1:
+        torch.distributed.destroy_process_group()  # NCCL's, on GPUs; without an RLHF step nobody needs it
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
 

@@ -95,10 +95,12 @@ def require_equal(digests: list[dict[str, str]], size: int = 1) -> dict[str, str
 
 
 def require_same_steps(states: list[dict]) -> int:
-    """How many steps all trainers of a replica have done. Raises Stop if shards are of different ones."""
+    """How many steps all trainers of a replica have done. Raises Stop if they are in the middle of one."""
     steps = sorted({state["steps"] for state in states})
     if len(steps) > 1:
         raise Stop(f"shards are of different steps, {steps}: some trainers were lost in the middle of one")
+    if any(state["interrupted"] for state in states):
+        raise Stop(f"step {steps[0] + 1} was interrupted between its iterations")
     return steps[0]
 
 

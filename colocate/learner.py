@@ -135,6 +135,7 @@ class Learner:
         self.workspace = 0  # bytes of GPU memory that the last step gave back
         self.steps = 0
         self.updates = 0  # of the optimizer: num_iterations in each step
+        self.interrupted = False  # in the middle of a step's iterations: there is no whole step to go on from
         self.metrics: dict[str, float] = {}  # what the last step returned
         self.held = held or Whole(model)
         self.weights = [w.detach() for w in self.held.memory.values()]  # what engines read
@@ -166,12 +167,14 @@ class Learner:
         the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
         weights untouched, if the gradient is not finite.
         """
+        self.interrupted = self.num_iterations > 1  # by a loss in the middle of them, if it stays so
         first = self._optimize(samples, total_tokens, correct=self.correction != "none")
         last = first
         for _ in range(1, self.num_iterations):
             last = self._optimize(samples, total_tokens)
         of_sampler = {*MISMATCH, "effective", "worst_token"}
         self.steps += 1
+        self.interrupted = False
         self.metrics = last | {name: first[name] for name in first if name in of_sampler}
         return self.metrics
 
@@ -284,6 +287,8 @@ class Learner:
         count = min(512, self.model.config.get_text_config().max_position_embeddings)
         sample = {"prompt": [0], "tokens": [0] * (count - 1), "logprobs": [0.0] * (count - 1), "advantage": 0.0}
         batch = collate([sample], self.device, self.route.packed)
+        with torch.no_grad():
+            states(self.model, batch, self.route)  # FSDP leaves embedding and head gathered, which no token takes
         before = torch.cuda.memory_allocated(self.device)
         whole_NH = states(self.model, batch, self.route)
         per_token = (torch.cuda.memory_allocated(self.device) - before) / count
@@ -314,6 +319,7 @@ class Learner:
         numbers["lr"] = self.optimizer.param_groups[0]["initial_lr"]
         numbers["with_reference"] = bool(self.reference)
         trainer_state.write(folder, self._state(), numbers, self.held.group)
+        self._move_between_steps()  # moments that were made for this
 
     def load(self, folder: Path, learning_rate: float | None = None) -> None:
         """Go on from `save`, at its learning rate unless one is given: bitwise as if there had been no break, if as

@@ -97,7 +97,8 @@ def require_room(
         message += f", each {unit} on one node"
     message += "".join(f"; {node} has {node.free} of {node.gpus} free" for node in nodes)
     message += "".join(f"; {reason}" for reason in reasons)
-    fix = f"--num-gpus {have}" if have else f"--tensor-parallel-size {max([1, *(n.free for n in nodes)])}"
+    most = max([1, *(node.free for node in nodes)])
+    fix = f"--num-gpus {have}" if have else f"--tensor-parallel-size (and --shard-size) of {most} at most"
     other = "wait for its other jobs, or leave out --ray-address"
     refuse_unless(have >= count, f"{message}. Try: {fix}, {other}", MISSING)
 

@@ -451,6 +451,8 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
                 check_gpu_memory(config, model.config, model.parameters, gpus[: config.num_gpus])
 
         config, note = choose_trainer(config, model.architecture, model.can_shard, check_memory)
+        if note and not own_ray:
+            note = note.partition(",")[0] + ", but the nodes' memory was not looked at. --shard-size N sets it"
         notes.append(note)
         check_memory(config)
         for name in FOLDERS:

@@ -251,7 +251,8 @@ class Report:
         mean = sum(rewards) / n
         variance = sum((reward - mean) ** 2 for reward in rewards) / max(1, n - 1)
         row = {"step": step, "n": n, "reward": mean, "se": (variance / n) ** 0.5} | means_of_rewards(samples)
-        best = all(mean > e["reward"] for e in evals)
+        # What a resumed run begins with is no progress of its own.
+        best = all(mean > e["reward"] for e in evals) and bool(evals or not self.config.resume)
         shown = [{"prompt": text(s["prompt"]), "answer": text(s["tokens"]), "reward": s["reward"]} for s in samples[:8]]
         self.data["evals"] = [*evals, row | {"samples": shown}]
         self("eval", f"after step {step}: reward {mean:.4f} ± {row['se']:.4f} (standard error) of {n} prompts")

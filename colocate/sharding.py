@@ -178,7 +178,9 @@ class Shard(Whole):
     def sum_gradients(self, masters: list[torch.Tensor]) -> None:
         """FSDP has done it, over replicas too: with each backward pass."""
         for parameter, master in zip(self.parameters.values(), masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.to_local()
+            grad = parameter.grad.to_local() if parameter.grad is not None else None
+            # A parameter that took no part decays all the same, as a replica's does.
+            master.grad = torch.zeros_like(master) if grad is None and parameter.requires_grad else grad
 
     def release(self) -> None:
         """Gradients, and what forward passes have left gathered: the next one gathers it anew, as it is by then."""

@@ -263,7 +263,7 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
         done.append(f"{args[0] if method == 'collective_rpc' else method} {', '.join(names)}")
         if "disconnect" in done[-1] and broken & {*names}:
             raise Stop("CUDA error: an illegal memory access was encountered")
-        return [{"steps": 3}]
+        return [{"steps": 3, "interrupted": False}]
 
     def end(names: set[str]) -> None:
         watched.difference_update(names)
@@ -281,6 +281,7 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
         ask=ask,
         end=end,
         deadline=lambda: (math.inf, 600, "--timeout "),
+        require_alive=lambda what: None,
     )
     colocation.cluster = cluster.Cluster(Config(), Path(), rehearsal=True, watch=Watch())
     colocation.replicas = [["trainer 0"], ["trainer 1"]]
