@@ -58,7 +58,7 @@ def test_nodes_that_cannot_hold_the_layout_are_refused_by_name():
     assert "has 3 free GPUs, and 4 are needed, each 2 on one node" in text
     assert "host0 (10.0.0.0) has 2 of 2 free; host1 (10.0.0.1) has 1 of 2 free; host9 (10.0.0.9): another torch" in text
     assert "Try: --num-gpus 2" in text
-    with pytest.raises(Stop, match="shard-size.* of 1 at most"):
+    with pytest.raises(Stop, match=r"shard-size.* of 1 at most"):
         require_room([], nodes(1, 1), 2, 2, "auto")
 
 
