@@ -117,8 +117,6 @@ def test_a_task_of_ones_own_with_a_tool(tmp_path):
         assert row["effective"] > 0.9 and row["worst_token"] < 0.5 and row["masked"] == 0
         assert 0 <= row["equal_groups"] <= 8
     assert [row["learning_rate"] for row in report["steps"]] == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3])
-    assert {"config.json", "trainer_state", "tokenizer.json"} <= {
-        path.name for path in (tmp_path / "best").iterdir()
-    }
+    assert {"config.json", "trainer_state", "tokenizer.json"} <= {path.name for path in (tmp_path / "best").iterdir()}
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [("eval" in line) for line in lines] == [True, False, False, True, False, True]
