@@ -56,9 +56,8 @@ PROMPTS = [  # YOURS, or --prompts FILE
 def reward(prompt: str, completion: str) -> float:  # YOURS, or --reward FILE.py:FUNCTION
     """The share of words that begin with a capital letter. (A model without a tokenizer gets another, see Task.)"""
     words = [w for w in completion.split() if w[0].isalpha()]
-    return sum(w[0].isupper() for w in words) / max(
-        len(words), 4
-    )  # at least 4: one capitalised word alone does not score 1
+    at_least_four = max(len(words), 4)  # so that one capitalised word alone does not score 1
+    return sum(w[0].isupper() for w in words) / at_least_four
 
 
 # ---- 2. The two kinds of actors -------------------------------------------------------------------------------------
@@ -206,9 +205,8 @@ class MyLLM:
         """
         wake_ms = self.wake_up("weights")
         workers = self.collective_rpc(method, argument)
-        if wrong := {w["version"] for w in workers} - {
-            version
-        }:  # push_weights has raised then; the simple push has not
+        wrong = {w["version"] for w in workers} - {version}
+        if wrong:  # push_weights has raised then; the simple push has not
             raise RuntimeError(f"the workers read weights of version {sorted(wrong)}, not {version}")
         reset_ms = self.reset_prefix_cache()
         self.version = version
