@@ -355,6 +355,8 @@ class Colocation:
         self.report.placement(self.cluster.locate(rows, self.trainers))
         self.connected = False
 
+        if trouble := self.cluster.keep_spares([self.bundles_of(e) for e in engines]):
+            self.report("place", trouble)
     def new_actor(self, name: str):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -553,6 +555,8 @@ class Colocation:
         self.report("lost", f"going on without {', '.join(sorted(out))}: their node is gone, and no other has room")
         return out
 
+        if torn := {*self.trainers}.difference(*self.replicas):
+            raise Stop(f"the node had shards of the replica of {join_names(torn)}, too. Try: a spare node")
     def disconnect(self, engines: list[str]) -> set[str]:
         """Let engines unmap the trainers' memory, which stays taken otherwise, and sleep. Returns those that cannot."""
         broken = set()

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ MODULES = ("rlhf_colocate.py", "rlhf_utils.py", "colocate")  # what Ray carries 
 SOCKET_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes with the final zero (man 7 unix)
 ROOM_MIB = 64  # for Ray's logs and vLLM's sockets; a short run takes 1
 PROCESS_MIB = 400  # of a process that has imported torch and vLLM, without what it shares with the others
+SPARE_S = 7 * 86_400  # that a process waits to be used
 RAY_MIB = 600  # of Ray's own processes, and the script's
 
 
@@ -331,6 +333,44 @@ class Cluster:
         if node:
             self.watch.homes[name] = node.id
         return group, [self.places[bundle][1] for bundle in bundles]
+
+    def keep_spares(self, engines: list[list[int]]) -> str:
+        """Let Ray start processes ahead, in place of those that engines on these bundles took. Waits for none.
+
+        Returns why that cannot be done, or "". They are in Ray's pool: an actor with the same runtime_env gets one that
+        has done its imports. Ray starts no more at a time than the host has cores. Its Python API has no word for it,
+        so the raylet is asked over gRPC:
+        https://github.com/ray-project/ray/blob/master/src/ray/protobuf/node_manager.proto
+        """
+        count = self.config.spares(self.rehearsal)
+        if not count or not engines:
+            return ""
+        import ray
+
+        nodes = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
+        taken = Counter()
+        for bundles in engines:
+            _, _, node = self.places[bundles[0]]
+            taken[nodes[node.id] if node else next(iter(nodes.values()))] += len(bundles) + 1
+        try:
+            from ray._private.grpc_utils import init_grpc_channel
+            from ray._private.worker import global_worker
+            from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+
+            request = node_manager_pb2.PrestartWorkersRequest(
+                language=common_pb2.PYTHON,
+                job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+                keep_alive_duration_secs=SPARE_S,
+            )
+            job = global_worker.core_worker.get_job_config()  # built with another copy of the same definitions
+            request.runtime_env_info.ParseFromString(job.runtime_env_info.SerializeToString())
+            for address, processes in taken.items():
+                request.num_workers = min(count, processes)
+                with init_grpc_channel(address) as channel:
+                    node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=5)
+        except Exception as error:  # no names of a promise: without it, the next recovery takes longer
+            return f"no spare processes: Ray {ray.__version__} does not start them ({first_line(error)})"
+        return ""
 
     def move(self, deadline: tuple[float, float, str]) -> set[int]:
         """Book other GPUs for the bundles of nodes that are gone. Returns those for which there are none."""

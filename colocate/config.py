@@ -284,6 +284,13 @@ class Config:
     )
     verbose: bool = flag(False, "show the output of vLLM and the actors")
 
+    spare_processes: int | None = flag(
+        None,
+        "processes on each node that have imported vLLM and wait to take the place of an engine's, without a GPU "
+        "(default: those of one engine; in a rehearsal none)",
+        type=int,
+        at_least=0,
+    )
     @property
     def replica_size(self) -> int:
         """Trainers that make up a replica. --trainer auto must be resolved."""
@@ -305,6 +312,13 @@ class Config:
         return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
 
     @property
+    def spares(self, rehearsal: bool) -> int:
+        """--spare-processes, or its default; none if nothing would be replaced."""
+        if not self.steps or not self.max_restarts:
+            return 0
+        default = 0 if rehearsal else self.tensor_parallel_size + 1
+        return default if self.spare_processes is None else self.spare_processes
+
     def more_engine_args(self) -> dict:
         """Of --engine-args. Raises ValueError for what is no JSON."""
         return json.loads(self.engine_args)

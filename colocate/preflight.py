@@ -430,7 +430,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             message = f"{flag} is for a cluster of several nodes. Try: --ray-address auto, or leave {flag} out"
             refuse_unless(getattr(config, name) is None, message)
         if own_ray:
-            check_environment(processes=2 * config.num_gpus + config.num_engines)
+            check_environment(2 * config.num_gpus + config.num_engines + (config.spare_processes or 0))
         report.data["versions"], rehearsal = find_packages()
         check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()

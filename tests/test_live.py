@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import math
 import os
 import re
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from live import Shared
-from running import require_proof
+from running import eventually, require_proof
 
 import rlhf_colocate as rc
 from benchmarks import drills
@@ -367,6 +370,44 @@ def lose_a_trainer(layout: Shared) -> list[int]:
 
 def test_the_memory_of_lost_trainers_is_free_before_new_ones_load(live):
     assert live(lose_a_trainer) == [2, 0, 0, 2]
+
+
+AT_ONCE = min(3, os.cpu_count())  # Ray starts no more processes at a time than there are cores
+
+
+def idle(layout: Shared) -> set[int]:
+    """Ray's processes that wait for an actor."""
+    found = set()
+    for process in layout.fleet.watch.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] == ["ray::IDLE"]:
+                found.add(process.pid)
+    return found
+
+
+def lose_the_engine(layout: Shared) -> tuple[str, set[int], set[int]]:
+    """(what is wrong with spare processes, the spare ones, those that the next engine has)."""
+    layout.change().loop(2, 3)
+    before = idle(layout)
+    layout.cluster.config = dataclasses.replace(layout.config, spare_processes=3)
+    try:
+        trouble = layout.cluster.keep_spares([layout.bundles_of("engine 0")])
+    finally:
+        layout.cluster.config = layout.first_config
+    eventually(lambda: trouble or len(idle(layout) - before) == AT_ONCE)
+    spare = idle(layout)
+    lost = Lost({"engine 0"}, "lost engine 0", during="rollout")
+    layout.report.lost(lost)
+    layout.kill("engine 0")
+    layout.recover(lost)
+    layout.push()
+    return trouble, spare, {member.pid for member in layout.fleet.watch.of(["engine 0"])}
+
+
+def test_a_lost_engine_is_replaced_by_spare_processes(live):
+    trouble, spare, new = live(lose_the_engine)
+    assert not trouble
+    assert len(new) == 3 and len(new & spare) == AT_ONCE
 
 
 def lose_all_trainers(layout: Shared, saved: bool) -> str:

@@ -64,6 +64,8 @@ NAMES = [
     ("torch", "storage.py", "_new_shared_cuda", "_open_storage"),
     ("torch", "distributed/tensor/_utils.py", "def compute_local_shape_and_global_offset", "checkpoint_tensors"),
     ("transformers", "core_model_loading.py", "def revert_weight_conversion", "checkpoint_tensors"),
+    ("ray", "core/generated/node_manager_pb2_grpc.py", "PrestartWorkers", "cluster: processes kept in reserve"),
+    ("ray", "_private/grpc_utils.py", "def init_grpc_channel", "cluster: the same"),
     ("ray", "_private/runtime_env", "worker_process_setup_hook", "cluster: an engine's processes import ahead"),
 ]
 
