@@ -85,22 +85,23 @@ class RayTrainingActor:
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
     def join(
-        self, rank: int, addresses: list[str], timeout_s: float, shards: int, resume: str | None, options: dict
+        self, rank: int, addresses: list[str], timeout_s: float, share: dict, resume: str | None, options: dict
     ) -> None:
-        """Meet the other trainers, share the model with `shards` of them (0: with none), and make the optimizer.
+        """Meet the other trainers, share the model with them if it is to be sharded, and make the optimizer.
 
-        resume: the checkpoint that its state comes from. options: of Learner; none where nothing is to be learnt.
+        share: of sharding.hold. resume: the checkpoint that its state comes from. options: of Learner; none where
+        nothing is to be learnt.
         """
         import rlhf_utils
         from colocate.learner import Learner, join_group
-        from colocate.sharding import Shard, Whole
+        from colocate.sharding import hold
 
-        join_group(rank, addresses, timeout_s, self.device, sharded=bool(shards))
-        self.held = Shard(self.model, shards, self.device) if shards else Whole(self.model)
+        join_group(rank, addresses, timeout_s, self.device, sharded=bool(share["shards"]))
+        self.held = hold(self.model, self.device, **share)
         if self.device.type == "cpu":
-            rlhf_utils.share_memory([*self.held.memory.values(), self.version])
+            rlhf_utils.share_memory([*self.held.exported.values(), self.version])
         # By the checkpoint's names: views, or pieces of them, no copies.
-        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.memory))
+        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported))
         self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
         if not options:
             return
@@ -116,11 +117,12 @@ class RayTrainingActor:
         import torch
 
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        before = [w.data_ptr() for w in self.held.memory.values()]
+        before = [w.data_ptr() for w in self.held.exported.values()]
         self.version.fill_(-1)
         synchronize()
         yield
-        if [w.data_ptr() for w in self.held.memory.values()] != before:
+        self.held.publish()
+        if [w.data_ptr() for w in self.held.exported.values()] != before:
             raise RuntimeError("the weights moved. Change them in place: engines have their memory mapped")
         synchronize()
         self.version.fill_(version)
@@ -353,10 +355,10 @@ class Colocation:
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))
-        self.connected = False
-
         if trouble := self.cluster.keep_spares([self.bundles_of(e) for e in engines]):
             self.report("place", trouble)
+        self.connected = False
+
     def new_actor(self, name: str):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -388,13 +390,15 @@ class Colocation:
         """Let them make their process group and their optimizers."""
         from colocate.sharding import rank_of
 
+        shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
+        ranks = [rank_of(i, shards or 1, self.config.tensor_parallel_size) for i in range(len(self.trainers))]
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
+        by_rank = [address for _, address in sorted(zip(ranks, addresses, strict=True))]
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
-        shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
-        rest = (addresses, timeout_s, shards, resume, self.config.learner_options)
-        ranks = [rank_of(i, shards or 1, self.config.tensor_parallel_size) for i in range(len(addresses))]
+        share = {"shards": shards, "gathered": self.config.push == "gather"}
+        rest = (by_rank, timeout_s, share, resume, self.config.learner_options)
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
     def engine_args(self) -> dict:
@@ -435,7 +439,7 @@ class Colocation:
         """
         config = self.config
         fleet = self.fleet
-        if not self.connected and config.push == "recorded":
+        if not self.connected and config.push != "simple":
             with fleet.stage("wake"):
                 fleet.ask(self.engines, "wake_up", "weights")
             with fleet.stage("connect"):
@@ -506,7 +510,7 @@ class Colocation:
         """
         if self.compared != self.version:
             digests = self.fleet.ask(self.trainers, checks.weight_digests)
-            self.digests = checks.require_equal(digests, self.config.replica_size)
+            self.digests = checks.require_equal(digests, self.config.trainers_per_copy)
             self.compared = self.version
         return {"weights": checks.fingerprint(self.digests)}
 
@@ -514,7 +518,7 @@ class Colocation:
         """Let a replica write a checkpoint; an older one there is replaced once the new one is complete."""
         with checkpoint.replacing(folder.resolve(), self.model.files_beside()) as new:
             self.fleet.ask(self.replicas[by], "save", str(new))
-            self.cluster.gather(new, self.replicas[by][0])
+            self.cluster.gather(new, self.replicas[by])
         self.checkpoint = folder.resolve()
 
     def recover(self, lost: Lost) -> tuple[int, dict]:
@@ -551,12 +555,12 @@ class Colocation:
         self.trainers = [name for name in self.trainers if name not in out]
         self.replicas = [replica for replica in self.replicas if not out & {*replica}]
         self.engines = [name for name in self.engines if name not in out]
+        if torn := {*self.trainers}.difference(*self.replicas):
+            raise Stop(f"the node had shards of the replica of {join_names(torn)}, too. Try: a spare node")
         self.fleet.forget(out)
         self.report("lost", f"going on without {', '.join(sorted(out))}: their node is gone, and no other has room")
         return out
 
-        if torn := {*self.trainers}.difference(*self.replicas):
-            raise Stop(f"the node had shards of the replica of {join_names(torn)}, too. Try: a spare node")
     def disconnect(self, engines: list[str]) -> set[str]:
         """Let engines unmap the trainers' memory, which stays taken otherwise, and sleep. Returns those that cannot."""
         broken = set()
@@ -604,6 +608,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
 
     Raises Stop with all checks that failed. benchmarks/drills.py breaks the push in six ways to show that it does.
     """
+    config = colocation.config
     report = colocation.report
     fleet = colocation.fleet
     stage = fleet.stage
@@ -614,7 +619,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         colocation.compare_replicas()
-        report.replicas_equal(len(colocation.digests), len(colocation.replicas))
+        report.replicas_equal(len(colocation.digests), len(colocation.trainers) // config.trainers_per_copy)
     colocation.push()
     with stage("verify"):
         for name, check in compare_elements(colocation).items():
@@ -622,7 +627,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         report.check("changed", checks.changed(colocation.on_workers("check_weights_changed")))
         after = every_engine_answers(colocation, task)
         scores = fleet.ask(colocation.trainers, checks.token_logprobs, [s["prompt"] + s["tokens"] for s in after])[0]
-        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
+        report.check("behaviour", checks.behaviour(before, after, scores, config.logprob_tolerance))
     report.proven(before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
 

@@ -106,7 +106,8 @@ def checkpoint_tensors(
             )
         parameter = parameters[owner]
         held = (memory or {}).get(owner, parameter).detach()
-        if not hasattr(parameter, "placements"):
+        is_whole = not hasattr(held, "placements") and held.shape == parameter.shape
+        if is_whole or not hasattr(parameter, "placements"):
             yield name, _slice(view).of(held)
             continue
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

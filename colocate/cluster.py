@@ -429,10 +429,10 @@ class Cluster:
         self.watch.spread(path)
         return path
 
-    def gather(self, folder: Path, name: str) -> None:
-        """Bring what this actor has written into a folder to the driver's host, unless both see the same disk."""
-        if self.address:
-            self.watch.fetch(folder, self.watch.homes[name])
+    def gather(self, folder: Path, names: list[str]) -> None:
+        """Bring what these actors have written into a folder to the driver's host, unless all see the same disk."""
+        for node in {self.watch.homes[name] for name in names} if self.address else ():
+            self.watch.fetch(folder, node)
 
     def _hold_ray(self, options: dict) -> None:
         try:

@@ -123,9 +123,11 @@ class Config:
     engine_args: str = flag("{}", "any other arguments of vllm.LLM, as a JSON object")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
     push: str = flag(
-        "recorded",
-        "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push",
-        choices=("recorded", "simple"),
+        "auto",
+        "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push; "
+        "'gather': recorded, out of shards that each step gathers on every GPU; 'auto': recorded, but gather for "
+        "shards on GPUs that cannot read one another's memory",
+        choices=("auto", "recorded", "simple", "gather"),
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
     steps: int = flag(
@@ -282,8 +284,6 @@ class Config:
     max_restarts: int = flag(
         1, "how often a run that is in its RLHF loop replaces what died or hangs; 0: it ends", at_least=0
     )
-    verbose: bool = flag(False, "show the output of vLLM and the actors")
-
     spare_processes: int | None = flag(
         None,
         "processes on each node that have imported vLLM and wait to take the place of an engine's, without a GPU "
@@ -291,19 +291,33 @@ class Config:
         type=int,
         at_least=0,
     )
+    verbose: bool = flag(False, "show the output of vLLM and the actors")
+
     @property
     def replica_size(self) -> int:
         """Trainers that make up a replica. --trainer auto must be resolved."""
         return (self.shard_size or self.num_gpus) if self.trainer == "fsdp" else 1
 
     @property
+    def trainers_per_copy(self) -> int:
+        """Trainers whose exports together are the model once. --push auto must be resolved."""
+        return 1 if self.push == "gather" else self.replica_size
+
+    @property
     def gpus_of_one_node(self) -> int:
-        """So many bundles in a row must be on one node: an engine's, and those of a replica's shards."""
-        return math.lcm(self.tensor_parallel_size, self.replica_size)
+        """So many bundles in a row must be on one node: an engine's, and those of shards that it reads."""
+        return math.lcm(self.tensor_parallel_size, self.trainers_per_copy)
 
     @property
     def num_engines(self) -> int:
         return self.num_gpus // self.tensor_parallel_size
+
+    def spares(self, rehearsal: bool) -> int:
+        """--spare-processes, or its default; none if nothing would be replaced."""
+        if not self.steps or not self.max_restarts:
+            return 0
+        default = 0 if rehearsal else self.tensor_parallel_size + 1
+        return default if self.spare_processes is None else self.spare_processes
 
     @property
     def longest_prompt(self) -> int:
@@ -312,13 +326,6 @@ class Config:
         return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
 
     @property
-    def spares(self, rehearsal: bool) -> int:
-        """--spare-processes, or its default; none if nothing would be replaced."""
-        if not self.steps or not self.max_restarts:
-            return 0
-        default = 0 if rehearsal else self.tensor_parallel_size + 1
-        return default if self.spare_processes is None else self.spare_processes
-
     def more_engine_args(self) -> dict:
         """Of --engine-args. Raises ValueError for what is no JSON."""
         return json.loads(self.engine_args)

@@ -98,7 +98,8 @@ def require_room(
     message += "".join(f"; {node} has {node.free} of {node.gpus} free" for node in nodes)
     message += "".join(f"; {reason}" for reason in reasons)
     most = max([1, *(node.free for node in nodes)])
-    fix = f"--num-gpus {have}" if have else f"--tensor-parallel-size (and --shard-size) of {most} at most"
+    smaller = f"--tensor-parallel-size (and --shard-size, unless --push gather) of {most} at most"
+    fix = f"--num-gpus {have}" if have else smaller
     other = "wait for its other jobs, or leave out --ray-address"
     refuse_unless(have >= count, f"{message}. Try: {fix}, {other}", MISSING)
 

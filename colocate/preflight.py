@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -202,6 +203,46 @@ def list_gpus() -> list[dict]:
         gpu = {"index": index, "uuid": uuid, "name": name, "total": total, "free": free, "capability": capability}
         gpus.append(gpu)
     return gpus
+
+
+def unreachable(gpus: list[dict]) -> str:
+    """The first two of these GPUs of which one cannot read the other's memory, as "GPU 0 and GPU 1"; "" if all can.
+
+    As nvidia-smi tells it. Where it does not, an engine refuses to connect.
+    """
+    query = ["nvidia-smi", "topo", "-p2p", "r"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return apart(text, [gpu["index"] for gpu in gpus])
+
+
+def apart(topology: str, indices: list[str]) -> str:
+    """See `unreachable`. topology: a table with a row and a column for each GPU, of OK, X and what is in the way."""
+    rows = [re.sub(r"\x1b\[\d*m", "", line).split() for line in topology.splitlines()]
+    columns = next((row for row in rows if row[:1] == ["GPU0"]), [])
+    table = [row for row in rows if len(row) == len(columns) + 1]
+    cells = {(row[0], to): cell for row in table for to, cell in zip(columns, row[1:], strict=True)}
+    for a, b in itertools.permutations(indices, 2):
+        if cells.get((f"GPU{a}", f"GPU{b}"), "OK") != "OK":
+            return f"GPU {a} and GPU {b}"
+    return ""
+
+
+def choose_push(config: Config, pair: str) -> tuple[Config, str]:
+    """The configuration with --push auto resolved, and why: (config, note). pair: see `unreachable`.
+
+    Raises Stop(USAGE) for a gather of what is no shard, Stop(MISSING) for a push that the GPUs cannot do.
+    """
+    sharded = config.trainer == "fsdp"
+    message = "--push gather puts shards together, and there are none. Try: --trainer fsdp, or leave it out"
+    refuse_unless(sharded or config.push != "gather", message)
+    why = f"{pair} cannot read each other's memory, where shards lie (nvidia-smi topo -p2p r)"
+    if not sharded or config.replica_size == 1 or not pair or config.push == "gather":
+        return dataclasses.replace(config, push="recorded" if config.push == "auto" else config.push), ""
+    refuse_unless(config.push == "auto", f"{why}. Try: --push gather", MISSING)
+    return dataclasses.replace(config, push="gather"), f"--push auto: gather, since {why}"
 
 
 def number(text: str) -> float | None:
@@ -453,6 +494,10 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         config, note = choose_trainer(config, model.architecture, model.can_shard, check_memory)
         if note and not own_ray:
             note = note.partition(",")[0] + ", but the nodes' memory was not looked at. --shard-size N sets it"
+        notes.append(note)
+        config, note = choose_push(
+            config, unreachable(gpus[: config.num_gpus]) if own_ray and config.trainer == "fsdp" else ""
+        )
         notes.append(note)
         check_memory(config)
         for name in FOLDERS:

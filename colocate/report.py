@@ -166,7 +166,8 @@ class Report:
     def replicas_equal(self, weights: int, replicas: int) -> None:
         """All weights, or pieces of them, were changed by noise, in all replicas alike."""
         self.data["verify"]["replicas"] = {"ok": True, "checked": weights * replicas, "wrong": []}
-        self("train", f"{weights} tensors changed by noise, {replicas} replicas bitwise identical")
+        alike = f", {replicas} replicas bitwise identical" if replicas > 1 else ""
+        self("train", f"{weights} tensors changed by noise{alike}")
 
     def check(self, name: str, check: dict) -> None:
         """One check of the proof: {"ok", "checked", "wrong", ...}. If it failed, `proven` raises, after the others."""

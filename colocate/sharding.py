@@ -1,4 +1,5 @@
 """What a trainer holds of the model: all of it (`Whole`), or the shards of FSDP2 (`Shard`). `Learner` works on both.
+`Gathered` has shards, and all of the model beside them for an engine to read.
 
 A replica is the model and its optimizer once: one trainer with all of it, or neighbours with a shard each, which is
 hybrid sharding (HSDP) if there are several replicas. Every forward and backward pass of a sharded model gathers its
@@ -26,6 +27,13 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return next((list(layers) for layers in lists if len(layers) == count), [])
 
 
+def hold(model: torch.nn.Module, device: torch.device, shards: int, gathered: bool) -> Whole:
+    """All of the model (shards: 0), or a shard that this trainer shares with so many; see `Gathered`."""
+    if not shards:
+        return Whole(model)
+    return (Gathered if gathered else Shard)(model, shards, device)
+
+
 def rank_of(trainer: int, size: int, tp: int) -> int:
     """The rank of the trainer on a bundle, among all trainers with replicas of `size`: it decides about its shard.
 
@@ -43,7 +51,8 @@ def rank_of(trainer: int, size: int, tp: int) -> int:
 class Whole:
     """A trainer with all of the model, in the engines' dtype. With several of them each one is a replica.
 
-    memory: {parameter: its values in the engines' dtype, changed in place}, which engines read.
+    memory: {parameter: its values in the engines' dtype, changed in place}.
+    exported: the same, where engines read it.
     group: of torch.distributed, with the trainers of this replica; None for one alone. position: in it.
     """
 
@@ -54,6 +63,13 @@ class Whole:
         self.model = model
         self.parameters = dict(model.named_parameters())  # tied weights come once
         self.memory = self.parameters
+
+    @property
+    def exported(self) -> dict[str, torch.Tensor]:
+        return self.memory
+
+    def publish(self) -> None:
+        """Let engines see what is in `memory`: they do, where they read just that."""
 
     def __str__(self) -> str:
         return "a replica each"
@@ -233,6 +249,36 @@ class Shard(Whole):
         if self.position != 0:
             return None
         return {key: gathered.get(id(t), t) for key, t in self.model.state_dict(keep_vars=True).items()}
+
+
+class Gathered(Shard):
+    """Shards, and a copy of the whole model in the engines' dtype, for GPUs that cannot read one another's memory.
+
+    The copy takes as many bytes per parameter as that dtype has, on every GPU.
+    """
+
+    def __init__(self, model: torch.nn.Module, size: int, device: torch.device):
+        super().__init__(model, size, device)
+        shapes = {name: (p.shape, self.memory[name].dtype) for name, p in self.parameters.items()}
+        self.copy = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        self.publish()
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, gathered for the push"
+
+    @property
+    def exported(self) -> dict[str, torch.Tensor]:
+        return self.copy
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """One parameter at a time. All trainers of the replica must call it."""
+        for name, copy in self.copy.items():
+            copy.copy_(self.placed(name, self.memory[name]).full_tensor())
+
+    def gather_names(self, name: str) -> list[str]:
+        """None: a worker finds all that it needs on its own GPU."""
+        return []
 
 
 def move_gradient(parameter: torch.nn.Parameter, master: torch.Tensor) -> None:

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from running import ROOT, TINY, Run, deadline, patience, shape
 
 from colocate import memory
-from colocate.config import USAGE, Config, Stop, check_layout
+from colocate.config import MISSING, USAGE, Config, Stop, check_layout
 from colocate.sharding import rank_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -122,6 +123,45 @@ def test_bytes_per_parameter():
     assert memory.trainer_bytes(replace(fsdp, offload_optimizer=True), 200) == (600, 1800), "masters stay"
     assert memory.trainer_bytes(replace(fsdp, steps=0), 200) == (600, 600)
     assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2000)
+    assert memory.trainer_bytes(replace(fsdp, push="gather"), 200) == (1800, 2200), "and all weights, 2 bytes each"
+
+
+TOPOLOGY = """ \t\x1b[4mGPU0\tGPU1\tGPU2\x1b[0m\t
+ GPU0\tX\tOK\tCNS\t
+ GPU1\tOK\tX\tOK\t
+ GPU2\tOK\tOK\tX\t
+
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+"""
+
+
+def test_gpus_that_cannot_read_each_other_are_found():
+    from colocate.preflight import apart
+
+    assert apart(TOPOLOGY, ["0", "1", "2"]) == "GPU 0 and GPU 2"
+    assert apart(TOPOLOGY, ["1", "2"]) == apart(TOPOLOGY, ["0"]) == apart("no table", ["0", "1"]) == ""
+
+
+def test_shards_on_gpus_that_cannot_read_each_other_are_gathered():
+    from colocate.preflight import choose_push
+
+    config = Config(trainer="fsdp", shard_size=2, num_gpus=4)
+    assert choose_push(config, "") == (dataclasses.replace(config, push="recorded"), "")
+    chosen, note = choose_push(config, "GPU 0 and GPU 2")
+    assert chosen.push == "gather"
+    assert note.startswith("--push auto: gather, since GPU 0 and GPU 2 cannot read each other's memory")
+    alone = dataclasses.replace(config, shard_size=1)
+    assert choose_push(alone, "GPU 0 and GPU 2")[0].push == "recorded", "each reads its own alone"
+    with pytest.raises(Stop, match="Try: --push gather") as stop:
+        choose_push(dataclasses.replace(config, push="recorded"), "GPU 0 and GPU 2")
+    assert stop.value.code == MISSING
+    with pytest.raises(Stop, match="there are none") as stop:
+        choose_push(Config(trainer="replicated", push="gather"), "")
+    assert stop.value.code == USAGE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -229,6 +269,28 @@ def test_trainers_beside_workers_of_one_tp_rank_have_neighbouring_ranks():
         assert [rank_of(i, size, tp) % size for i in range(8)] == by_scaling
 
 
+def test_trainers_are_given_all_addresses_in_the_order_of_ranks():
+    """Each looks up its own there, to find the network interface that it is on."""
+    import rlhf_colocate as rc
+
+    class Trainers:
+        timeouts: ClassVar = {}
+
+        def ask(self, names, call, each=()):
+            self.calls = each
+            return [f"host{i // 2}:{i}" for i in range(len(names))]
+
+    layout = object.__new__(rc.Colocation)
+    layout.config = Config(trainer="fsdp", shard_size=4, push="gather", steps=0)
+    layout.trainers = [f"trainer {i}" for i in range(4)]
+    layout.fleet = Trainers()
+    layout.begin_from = None
+    layout.join_trainers()
+    assert [call[0] for call in layout.fleet.calls] == [0, 2, 1, 3]
+    for i, (rank, addresses, *_) in enumerate(layout.fleet.calls):
+        assert addresses[rank] == f"host{i // 2}:{i}"
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list[dict]]:
     """{case: what each trainer has}. "folder": where checkpoints are."""
@@ -322,8 +384,8 @@ def test_the_checkpoint_of_shards_is_an_ordinary_one(found):
 
 
 @pytest.mark.e2e
-def test_replicas_of_shards_lose_a_trainer_and_go_on_in_other_shards(tmp_path):
-    """Four trainers in two replicas, and two engines of two ranks; then two trainers of the same state."""
+def test_replicas_of_shards_lose_a_trainer_and_go_on_in_another_layout(tmp_path):
+    """Four trainers in two replicas, and two engines of two ranks; then two trainers, whose shards are gathered."""
     checkpoint = tmp_path / "checkpoint"
     output = tmp_path / "drills.json"
     model = [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "8"]
@@ -332,7 +394,7 @@ def test_replicas_of_shards_lose_a_trainer_and_go_on_in_other_shards(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
-    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--shard-size", "1"]
+    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--push", "gather"]
     report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1").passed()
     assert [row["step"] for row in report["steps"]] == [4]
     assert report["steps"][0]["logprob_gap"] < 0.001
