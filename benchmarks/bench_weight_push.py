@@ -9,6 +9,10 @@ all find processes and GPU as idle as the others do. Every push brings fresh val
 compared bitwise after it. Times are of whole calls as the driver sees them, in milliseconds; the reset of the prefix
 cache is a number of its own.
 
+With --trainer fsdp the push is out of shards. It has a second floor then: what lies on other GPUs, at the rate of a
+plain copy over NVLink. With --push gather, beside it, all methods take whole weights, which the trainers gather for
+each push anew: the times have that in them.
+
 --soak N: N more recorded pushes. The trainers overwrite all weights as soon as each has answered, while the workers
 look for an element of the next values. (What grows over many pushes is for soak.py.)
 """
@@ -32,7 +36,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ
 import push_peers  # noqa: E402
 from push_peers import PeerColocation, milliseconds  # noqa: E402
 from shapes import SHAPES, write_shape  # noqa: E402
-from tables import METHODS  # noqa: E402
+from tables import METHODS, layout  # noqa: E402
 
 from colocate import checks, cluster  # noqa: E402
 from colocate.config import Config, Stop  # noqa: E402
@@ -98,6 +102,10 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
         row["wall_ms"] = [round(ms, 3) for ms in times[method]]
         if method == "recorded":
             row["first_push_ms"] += connect["wall_ms"]
+            if colocation.config.trainer == "fsdp":
+                row |= {"local_floor_ms": copy, "nvlink_floor_ms": max(on_workers("push_peers:peer_copy_ms", 20))}
+                row |= {"copy_ms": replay, "extra_mib": colocation.extra_gpu_bytes / 2**20}
+                row |= {"remote_bytes": max(w["remote_bytes"] for w in connect["workers"])}
             row |= {"connect_ms": connect["wall_ms"], "extra_gpu_bytes": colocation.extra_gpu_bytes}
             row |= {f"connect_{k}": max(w[k] for w in connect["workers"]) for k in ("open_ms", "record_ms")}
             row |= {"copy_ms_p50": replay, "copy_gb_s": 2 * shard / replay / 1e6}
@@ -144,6 +152,9 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-small")
     parser.add_argument("--num-gpus", type=int, default=2)
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
+    parser.add_argument("--trainer", choices=("replicated", "fsdp"), default="replicated")
+    parser.add_argument("--shard-size", type=int, help="with --trainer fsdp")
+    parser.add_argument("--push", choices=("recorded", "gather"), default="recorded", help="gather: of shards")
     parser.add_argument("--pushes", type=int, default=30, help="counted pushes per method (default: 30)")
     parser.add_argument("--warmup", type=int, default=3, help="pushes per method before them (default: 3)")
     every = tuple(METHODS)
@@ -152,9 +163,11 @@ def main() -> int:
     parser.add_argument("--soak", type=int, default=0, help="recorded pushes in a row afterwards (default: 0)")
     parser.add_argument("--output", required=True, help="JSON; rows are added to those already in it")
     args = parser.parse_args()
-    config = Config(
-        load_format="dummy", steps=0, num_gpus=args.num_gpus, tensor_parallel_size=args.tensor_parallel_size
-    )
+    if args.soak and args.trainer == "fsdp":
+        parser.error("--soak is for --trainer replicated")
+    counts = {"num_gpus": args.num_gpus, "tensor_parallel_size": args.tensor_parallel_size}
+    sharding = {"trainer": args.trainer, "shard_size": args.shard_size, "push": args.push}
+    config = Config(load_format="dummy", steps=0, **counts, **sharding)
     report = Report(config)
     with report.verdict(), cluster.temporary_folder("bench-") as folder:
         shape = write_shape(args.shape, folder / args.shape)
@@ -175,6 +188,8 @@ def main() -> int:
     command = ["python benchmarks/bench_weight_push.py", *sys.argv[1:]]
     done.setdefault("commands", []).append(" ".join(Path(c).name if c.endswith(".json") else c for c in command))
     where = {"model": args.shape, "tp": args.tensor_parallel_size, "engines": config.num_engines}
+    if config.trainer == "fsdp":
+        where |= {"layout": layout(counts), "shard_size": config.replica_size, "push": config.push}
     done["rows"] += [where | row for row in rows]
     output.write_text(json.dumps(done, indent=1) + "\n")
     for row in rows:

@@ -50,6 +50,15 @@ def join_peers(trainer, rank: int, world: int, port: int) -> None:
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
 
+def publish(trainer) -> None:
+    """What --push gather does at the end of each change of weights, once more."""
+    import torch
+
+    trainer.held.publish()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def send_by_vllm(trainer, engines: list, packed: bool) -> None:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 
@@ -187,6 +196,19 @@ def replay_ms(worker, repeats: int) -> float:
     return median_ms(worker.device, plan.graph.replay if plan.graph else copy, repeats)
 
 
+def peer_copy_ms(worker, repeats: int) -> float:
+    """Median time of a plain copy of the largest piece that lies on another GPU, scaled to all of these."""
+    import torch
+
+    remote = [src for _, src in worker._plan.remote]
+    if not remote:
+        return 0.0
+    piece = max(remote, key=lambda src: (src.is_contiguous(), src.nbytes))
+    b = torch.empty_like(piece)
+    median = median_ms(worker.device, functools.partial(b.copy_, piece), repeats)
+    return median * sum(src.nbytes for src in remote) / piece.nbytes
+
+
 def median_ms(device, call, repeats: int) -> float:
     """On the GPU between two events, on CPU of the call."""
     import torch
@@ -224,12 +246,17 @@ class PeerColocation(rc.Colocation):
         ask = self.fleet.ask
         n = len(self.trainers)
         port = cluster.free_port()
-        ask(self.trainers, join_peers, each=[(rank, n, port) for rank in range(n)])
-        self.bucket_count = ask(self.trainers, make_buckets)[0]
+        whole = self.config.trainers_per_copy == 1
+        if self.config.trainer == "replicated":  # shards need their process group
+            ask(self.trainers, join_peers, each=[(rank, n, port) for rank in range(n)])
+        if whole:
+            self.bucket_count = ask(self.trainers, make_buckets)[0]
         used = max(self.on_workers("gpu_used_bytes"))
         self.connect()
         self.extra_gpu_bytes = max(self.on_workers("gpu_used_bytes")) - used
         methods = ["simple", "recorded"]
+        if not whole:
+            return methods
         if not any(w["loaders"] for w in self.report.data["connect"]["workers"]):
             methods.append("bucket")
         if not self.model.rehearsal:
@@ -241,14 +268,22 @@ class PeerColocation(rc.Colocation):
     def push_by(self, method: str) -> dict:
         """Push; returns {"wall_ms", ...}, what `Colocation.push` returns for our own ways.
 
-        wall_ms without the reset of the prefix cache, which the others leave to their callers.
+        wall_ms without the reset of the prefix cache, which the others leave to their callers, and with the gather of
+        --push gather.
         """
-        if method in ("simple", "recorded"):
-            self.config = dataclasses.replace(self.config, push=method)
-            push = self.push()
-            return push | {"wall_ms": push["wall_ms"] - push["reset_ms"]}
         ask = self.fleet.ask
+        gathers = self.config.push == "gather"
         start = time.perf_counter()
+        if gathers:
+            ask(self.trainers, publish)
+        gather_ms = 1e3 * (time.perf_counter() - start)
+        if method in ("simple", "recorded"):
+            before = self.config
+            if not gathers or method == "simple":
+                self.config = dataclasses.replace(self.config, push=method)
+            push = self.push()
+            self.config = before
+            return push | {"wall_ms": gather_ms + push["wall_ms"] - push["reset_ms"]}
         if method == "bucket":
             for i in range(self.bucket_count):
                 handles = {gpu: m for one in ask(self.trainers, fill_bucket, i) for gpu, m in one.items()}

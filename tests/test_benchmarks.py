@@ -32,6 +32,17 @@ def test_push_benchmark(tmp_path):
     assert rows["recorded"]["shard_bytes"] > 0 and rows["recorded"]["soak_pushes"] == 20
 
 
+def test_benchmark_of_sharded_trainers(tmp_path):
+    """Both sides do the same work: the gradients that they begin with differ by the ratio to the sampler alone."""
+    shape = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    sizes = ["--sequences", "8", "--tokens", "12", "--micro-batch-size", "2", "--steps", "1"]
+    rows = report(tmp_path, "bench_fsdp.py", "--shapes", json.dumps(shape), *sizes)["rows"]
+    assert [row["side"] for row in rows] == ["ours", "bare"]
+    assert all(row["step_s_mean"] > 0 for row in rows)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=0.2)
+
+
 def test_control_benchmark(tmp_path):
     found = report(tmp_path, "control_scaling.py", "2", "4")
     assert [(row["gpus"], row["engines"], row["processes"]) for row in found["rows"]] == [(2, 1, 3), (4, 2, 6)]
