@@ -130,7 +130,7 @@ class RayTrainingActor:
 
     def learn(self, samples: list[dict], total_tokens: int, *, version: int) -> dict:
         """One optimizer step of all trainers, each on its own samples (see colocate/learner.py)."""
-        with self.changing_weights(version), memory.of_step(self.device) as gpu:
+        with memory.of_step(self.device) as gpu, self.changing_weights(version):
             self.learner.step(samples, total_tokens)
         return self.state() | {"gpu": gpu, "way": str(self.learner)}
 
@@ -355,7 +355,7 @@ class Colocation:
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))
-        if trouble := self.cluster.keep_spares([self.bundles_of(e) for e in engines]):
+        if trouble := self.cluster.keep_spares():
             self.report("place", trouble)
         self.connected = False
 
@@ -482,7 +482,6 @@ class Colocation:
 
         n = len(self.trainers)
         tokens = max(1, learned_tokens(samples))
-        self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
         wait_for_reset = self.fleet.begin(self.engines, "reset_prefix_cache")
         states = self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])
@@ -500,6 +499,7 @@ class Colocation:
 
         Returns what each replied. `compare_replicas` says whether they did the same.
         """
+        self.fleet.require_alive("a change of weights")  # an all-reduce with a missing peer hangs forever
         self.version = next(self.versions)
         return self.fleet.ask(self.trainers, method, version=self.version, **asked)
 
@@ -550,13 +550,13 @@ class Colocation:
 
     def leave_out(self, missing: set[int]) -> set[str]:
         """Go on without these bundles, whose node is gone. Returns their actors. Raises Stop below --min-gpus."""
-        self.cluster.require_enough(missing)
         out = {name for name in [*self.trainers, *self.engines] if missing & {*self.bundles_of(name)}}
         self.trainers = [name for name in self.trainers if name not in out]
         self.replicas = [replica for replica in self.replicas if not out & {*replica}]
         self.engines = [name for name in self.engines if name not in out]
         if torn := {*self.trainers}.difference(*self.replicas):
-            raise Stop(f"the node had shards of the replica of {join_names(torn)}, too. Try: a spare node")
+            raise Stop(f"the node that is gone had shards of {join_names(torn)}'s replica. Try: a spare node")
+        self.cluster.require_enough(missing)
         self.fleet.forget(out)
         self.report("lost", f"going on without {', '.join(sorted(out))}: their node is gone, and no other has room")
         return out
@@ -608,7 +608,6 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
 
     Raises Stop with all checks that failed. benchmarks/drills.py breaks the push in six ways to show that it does.
     """
-    config = colocation.config
     report = colocation.report
     fleet = colocation.fleet
     stage = fleet.stage
@@ -619,7 +618,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         colocation.compare_replicas()
-        report.replicas_equal(len(colocation.digests), len(colocation.trainers) // config.trainers_per_copy)
+        report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
     with stage("verify"):
         for name, check in compare_elements(colocation).items():
@@ -627,7 +626,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         report.check("changed", checks.changed(colocation.on_workers("check_weights_changed")))
         after = every_engine_answers(colocation, task)
         scores = fleet.ask(colocation.trainers, checks.token_logprobs, [s["prompt"] + s["tokens"] for s in after])[0]
-        report.check("behaviour", checks.behaviour(before, after, scores, config.logprob_tolerance))
+        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
     report.proven(before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
 

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -334,26 +333,24 @@ class Cluster:
             self.watch.homes[name] = node.id
         return group, [self.places[bundle][1] for bundle in bundles]
 
-    def keep_spares(self, engines: list[list[int]]) -> str:
-        """Let Ray start processes ahead, in place of those that engines on these bundles took. Waits for none.
+    def keep_spares(self) -> str:
+        """Let Ray start processes ahead on each node, up to --spare-processes. Waits for none.
 
         Returns why that cannot be done, or "". They are in Ray's pool: an actor with the same runtime_env gets one that
-        has done its imports. Ray starts no more at a time than the host has cores. Its Python API has no word for it,
-        so the raylet is asked over gRPC:
+        has done its imports. One request starts no more of them than the host has cores. Ray's Python API has no word
+        for it, so each raylet is asked over gRPC:
         https://github.com/ray-project/ray/blob/master/src/ray/protobuf/node_manager.proto
         """
         count = self.config.spares(self.rehearsal)
-        if not count or not engines:
+        if not count:
             return ""
         import ray
 
         nodes = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
-        taken = Counter()
-        for bundles in engines:
-            _, _, node = self.places[bundles[0]]
-            taken[nodes[node.id] if node else next(iter(nodes.values()))] += len(bundles) + 1
+        idle = self.watch.idle() if self.address else dict.fromkeys(nodes, self.watch.idle())
         try:
             from ray._private.grpc_utils import init_grpc_channel
+            from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
             from ray._private.worker import global_worker
             from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 
@@ -364,12 +361,13 @@ class Cluster:
             )
             job = global_worker.core_worker.get_job_config()  # built with another copy of the same definitions
             request.runtime_env_info.ParseFromString(job.runtime_env_info.SerializeToString())
-            for address, processes in taken.items():
-                request.num_workers = min(count, processes)
-                with init_grpc_channel(address) as channel:
+            for node, ready in idle.items():
+                request.num_workers = max(0, count - ready)
+                with init_grpc_channel(nodes[node], GLOBAL_GRPC_OPTIONS) as channel:
                     node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=5)
-        except Exception as error:  # no names of a promise: without it, the next recovery takes longer
-            return f"no spare processes: Ray {ray.__version__} does not start them ({first_line(error)})"
+        except Exception as error:  # it is no promise of Ray's: without it, the next recovery takes longer
+            why = f"{error.code().name}: {error.details()}" if hasattr(error, "details") else first_line(error)
+            return f"no spare processes: Ray {ray.__version__} could not be asked for them ({why})"
         return ""
 
     def move(self, deadline: tuple[float, float, str]) -> set[int]:

@@ -286,8 +286,8 @@ class Config:
     )
     spare_processes: int | None = flag(
         None,
-        "processes on each node that have imported vLLM and wait to take the place of an engine's, without a GPU "
-        "(default: those of one engine; in a rehearsal none)",
+        "processes on each node that have imported vLLM and wait to take the place of an engine's "
+        "(default: as many as one engine has; in a rehearsal none)",
         type=int,
         at_least=0,
     )

@@ -138,7 +138,7 @@ class Learner:
         self.interrupted = False  # in the middle of a step's iterations: there is no whole step to go on from
         self.metrics: dict[str, float] = {}  # what the last step returned
         self.held = held or Whole(model)
-        self.weights = [w.detach() for w in self.held.memory.values()]  # what engines read
+        self.weights = [w.detach() for w in self.held.memory.values()]  # in the engines' dtype
         self.device = self.weights[0].device
         self.route = find_route(model)
         self.reference = [w.clone() for w in self.weights] if kl_coef else None

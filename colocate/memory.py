@@ -192,7 +192,7 @@ def check_host_memory(config: Config, model_config: dict, parameters: int, avail
     check_engine(config, model_config, cache, "the rehearsal's engine")
     trainers = n * trainer_bytes(config, parameters)[1]
     engines = config.num_engines * parameters * itemsize(config) + n * cache
-    processes = (2 * n + config.num_engines) * PROCESS_BYTES
+    processes = (2 * n + config.num_engines + config.spares(rehearsal=True)) * PROCESS_BYTES
     need = trainers + engines + processes
     if need <= available:
         return

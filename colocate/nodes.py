@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colocate.config import MISSING, Stop, refuse_unless
+from colocate.config import MISSING, Lost, Stop, refuse_unless
 from colocate.watch import Watch, join_names, kill, remove
 
 if TYPE_CHECKING:
@@ -437,11 +437,19 @@ class ClusterWatch:
         """End what is left on all nodes, and remove its files."""
         self.ask("leave", seconds=WORK_S)
 
+    def idle(self) -> dict[str, int]:
+        """{node's id: `Watch.idle`}."""
+        return self.ask("idle")
+
     # --- files
 
     def fetch(self, folder: Path, node: str) -> None:
         """Bring a folder of a node to the same place here, and remove it there. Nothing to do on a shared disk."""
-        files = self.ask("list_files", each={node: (str(folder),)}, seconds=WORK_S).get(node, {})
+        answers = self.ask("list_files", each={node: (str(folder),)}, seconds=WORK_S)
+        if node not in answers:  # what was written there is not whole without it
+            names = {name for name, home in self.homes.items() if home == node}
+            raise Lost(names, f"{self.name(node)} did not hand over {folder}", during="checkpoint")
+        files = answers[node]
         if files == list_files(folder):
             return
         for name, (size, _) in files.items():

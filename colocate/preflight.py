@@ -205,8 +205,8 @@ def list_gpus() -> list[dict]:
     return gpus
 
 
-def unreachable(gpus: list[dict]) -> str:
-    """The first two of these GPUs of which one cannot read the other's memory, as "GPU 0 and GPU 1"; "" if all can.
+def unreachable(gpus: list[dict]) -> set[tuple[int, int]]:
+    """Which of these GPUs cannot read which others' memory, by their positions in the list.
 
     As nvidia-smi tells it. Where it does not, an engine refuses to connect.
     """
@@ -214,33 +214,34 @@ def unreachable(gpus: list[dict]) -> str:
     try:
         text = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return apart(text, [gpu["index"] for gpu in gpus])
+        return set()
+    return walls_between(text, [gpu["index"] for gpu in gpus])
 
 
-def apart(topology: str, indices: list[str]) -> str:
+def walls_between(topology: str, indices: list[str]) -> set[tuple[int, int]]:
     """See `unreachable`. topology: a table with a row and a column for each GPU, of OK, X and what is in the way."""
     rows = [re.sub(r"\x1b\[\d*m", "", line).split() for line in topology.splitlines()]
     columns = next((row for row in rows if row[:1] == ["GPU0"]), [])
     table = [row for row in rows if len(row) == len(columns) + 1]
     cells = {(row[0], to): cell for row in table for to, cell in zip(columns, row[1:], strict=True)}
-    for a, b in itertools.permutations(indices, 2):
-        if cells.get((f"GPU{a}", f"GPU{b}"), "OK") != "OK":
-            return f"GPU {a} and GPU {b}"
-    return ""
+    pairs = itertools.permutations(enumerate(indices), 2)
+    return {(i, j) for (i, a), (j, b) in pairs if cells.get((f"GPU{a}", f"GPU{b}"), "OK") != "OK"}
 
 
-def choose_push(config: Config, pair: str) -> tuple[Config, str]:
-    """The configuration with --push auto resolved, and why: (config, note). pair: see `unreachable`.
+def choose_push(config: Config, walls: set[tuple[int, int]]) -> tuple[Config, str]:
+    """The configuration with --push auto resolved, and why: (config, note). walls: `unreachable`, of all bundles' GPUs.
 
     Raises Stop(USAGE) for a gather of what is no shard, Stop(MISSING) for a push that the GPUs cannot do.
     """
     sharded = config.trainer == "fsdp"
     message = "--push gather puts shards together, and there are none. Try: --trainer fsdp, or leave it out"
     refuse_unless(sharded or config.push != "gather", message)
-    why = f"{pair} cannot read each other's memory, where shards lie (nvidia-smi topo -p2p r)"
-    if not sharded or config.replica_size == 1 or not pair or config.push == "gather":
+    n = config.replica_size
+    torn = sorted((i, j) for i, j in walls if i // n == j // n)
+    if not torn or config.push == "gather":
         return dataclasses.replace(config, push="recorded" if config.push == "auto" else config.push), ""
+    pair = "bundles {} and {}".format(*torn[0])
+    why = f"the GPUs of {pair} cannot read each other's memory, where shards lie (nvidia-smi topo -p2p r)"
     refuse_unless(config.push == "auto", f"{why}. Try: --push gather", MISSING)
     return dataclasses.replace(config, push="gather"), f"--push auto: gather, since {why}"
 
@@ -456,7 +457,7 @@ def differences(ours: dict, theirs: dict, model: str) -> list[str]:
 
 
 def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Model]:
-    """Look at everything. Returns the configuration, with --dtype and --trainer auto resolved, and the model.
+    """Look at everything. Returns the configuration, with --dtype, --trainer and --push auto resolved, and the model.
 
     scratch: an empty folder that lives as long as the run. Raises Stop for the first thing that is not as needed.
     """
@@ -470,9 +471,9 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             flag = "--" + name.replace("_", "-")
             message = f"{flag} is for a cluster of several nodes. Try: --ray-address auto, or leave {flag} out"
             refuse_unless(getattr(config, name) is None, message)
-        if own_ray:
-            check_environment(2 * config.num_gpus + config.num_engines + (config.spare_processes or 0))
         report.data["versions"], rehearsal = find_packages()
+        if own_ray:
+            check_environment(2 * config.num_gpus + config.num_engines + config.spares(rehearsal))
         check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
@@ -485,7 +486,11 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             notes.append(f"--dtype auto: {dtype}, {why}")
         check_dtype(config, gpus[: config.num_gpus])
 
+        peers = gpus[: config.num_gpus] if own_ray and config.trainer != "replicated" else []
+        walls = unreachable(peers) if len(peers) > 1 else set()
+
         def check_memory(config: Config) -> None:
+            config, _ = choose_push(config, walls)
             if own_ray and rehearsal:
                 check_host_memory(config, model.config, model.parameters, int(available_memory_mib() * 2**20))
             elif own_ray:
@@ -495,11 +500,9 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         if note and not own_ray:
             note = note.partition(",")[0] + ", but the nodes' memory was not looked at. --shard-size N sets it"
         notes.append(note)
-        config, note = choose_push(
-            config, unreachable(gpus[: config.num_gpus]) if own_ray and config.trainer == "fsdp" else ""
-        )
-        notes.append(note)
         check_memory(config)
+        config, note = choose_push(config, walls)
+        notes.append(note)
         for name in FOLDERS:
             if getattr(config, name):
                 needed = checkpoint_bytes(config, model.parameters)

@@ -275,6 +275,8 @@ class Gathered(Shard):
         """One parameter at a time. All trainers of the replica must call it."""
         for name, copy in self.copy.items():
             copy.copy_(self.placed(name, self.memory[name]).full_tensor())
+        if copy.is_cuda:
+            torch.cuda.empty_cache()  # of the largest: an engine may need it
 
     def gather_names(self, name: str) -> list[str]:
         """None: a worker finds all that it needs on its own GPU."""

@@ -225,6 +225,16 @@ class Watch:
                     found.append(process)
         return found
 
+    def idle(self) -> int:
+        """How many processes Ray has ready here for actors to come."""
+        import psutil
+
+        count = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                count += process.cmdline()[:1] == ["ray::IDLE"]
+        return count
+
     def note_files(self) -> None:
         """Remember what the processes have in /dev/shm by now: vLLM's queues, and what torch keeps for CUDA IPC."""
         for member in self.members:

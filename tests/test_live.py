@@ -391,7 +391,7 @@ def lose_the_engine(layout: Shared) -> tuple[str, set[int], set[int]]:
     before = idle(layout)
     layout.cluster.config = dataclasses.replace(layout.config, spare_processes=3)
     try:
-        trouble = layout.cluster.keep_spares([layout.bundles_of("engine 0")])
+        trouble = layout.cluster.keep_spares()
     finally:
         layout.cluster.config = layout.first_config
     eventually(lambda: trouble or len(idle(layout) - before) == AT_ONCE)

@@ -140,28 +140,41 @@ Legend:
 
 
 def test_gpus_that_cannot_read_each_other_are_found():
-    from colocate.preflight import apart
+    from colocate.preflight import walls_between
 
-    assert apart(TOPOLOGY, ["0", "1", "2"]) == "GPU 0 and GPU 2"
-    assert apart(TOPOLOGY, ["1", "2"]) == apart(TOPOLOGY, ["0"]) == apart("no table", ["0", "1"]) == ""
+    assert walls_between(TOPOLOGY, ["1", "0", "2"]) == {(1, 2)}
+    for topology, indices in ((TOPOLOGY, ["1", "2"]), (TOPOLOGY, ["0"]), ("no table", ["0", "1"])):
+        assert walls_between(topology, indices) == set()
 
 
 def test_shards_on_gpus_that_cannot_read_each_other_are_gathered():
     from colocate.preflight import choose_push
 
     config = Config(trainer="fsdp", shard_size=2, num_gpus=4)
-    assert choose_push(config, "") == (dataclasses.replace(config, push="recorded"), "")
-    chosen, note = choose_push(config, "GPU 0 and GPU 2")
+    recorded = dataclasses.replace(config, push="recorded")
+    assert choose_push(config, set()) == (recorded, "")
+    assert choose_push(config, {(1, 2), (3, 0)}) == (recorded, ""), "of two replicas: no worker reads both"
+    chosen, note = choose_push(config, {(1, 2), (3, 2)})
     assert chosen.push == "gather"
-    assert note.startswith("--push auto: gather, since GPU 0 and GPU 2 cannot read each other's memory")
-    alone = dataclasses.replace(config, shard_size=1)
-    assert choose_push(alone, "GPU 0 and GPU 2")[0].push == "recorded", "each reads its own alone"
+    assert note.startswith("--push auto: gather, since the GPUs of bundles 3 and 2 cannot read each other's memory")
     with pytest.raises(Stop, match="Try: --push gather") as stop:
-        choose_push(dataclasses.replace(config, push="recorded"), "GPU 0 and GPU 2")
+        choose_push(recorded, {(3, 2)})
     assert stop.value.code == MISSING
     with pytest.raises(Stop, match="there are none") as stop:
-        choose_push(Config(trainer="replicated", push="gather"), "")
+        choose_push(Config(trainer="replicated", push="gather"), set())
     assert stop.value.code == USAGE
+
+
+def test_shards_that_are_to_be_gathered_are_chosen_so_that_the_copy_fits():
+    from colocate.preflight import choose_push
+
+    def check(config: Config) -> None:
+        config, _ = choose_push(config, {(0, 1), (2, 3)})
+        if memory.trainer_bytes(config, 100)[1] > 750:  # shards of 2: 900, and 200 for the copy
+            raise Stop("does not fit")
+
+    chosen, _ = memory.choose_trainer(Config(num_gpus=4, tensor_parallel_size=1), "X", True, check)
+    assert (chosen.trainer, chosen.shard_size) == ("fsdp", 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
