@@ -96,8 +96,18 @@ class Host(Namespaces):
         self.name = f"host{number}"
         self.address = f"{NETWORK}.{number}"
         self.run("hostname", self.name)
-        for folder, size in (("/tmp", 4096), ("/dev/shm", SHM_MIB)):
-            self.run("mount", "-t", "tmpfs", "-o", f"size={size}m,mode=1777", "tmpfs", folder)
+        self.run("mount", "-t", "tmpfs", "-o", f"size={SHM_MIB}m,mode=1777", "tmpfs", "/dev/shm")
+        ours = {path for path in (ROOT, Path(sys.prefix).resolve()) if path.is_relative_to("/tmp")}
+        ours = {path for path in ours if not ours & {*path.parents}}  # what lies below another one comes with it
+        for path in ours:
+            self.run("mkdir", "-p", f"/dev/shm{path}")
+            self.run("mount", "--bind", str(path), f"/dev/shm{path}")
+        self.run("mount", "-t", "tmpfs", "-o", "size=4096m,mode=1777", "tmpfs", "/tmp")
+        for path in ours:
+            self.run("mkdir", "-p", str(path))
+            self.run("mount", "--move", f"/dev/shm{path}", str(path))
+        if ours:
+            self.run("find", "/dev/shm/tmp", "-xdev", "-type", "d", "-empty", "-delete")
         switch.run("ip", "link", "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         switch.run("ip", "link", "set", self.name, "master", "bridge", "up")
         self.run("ip", "link", "set", "lo", "up")
