@@ -479,7 +479,7 @@ def first_hour() -> str:
     rows = []
     for r in json.loads((RESULTS / "first-hour.json").read_text()):
         seconds = [f"{r[t] / 60:.1f} min" if r.get(t) else "–" for t in times]
-        rows.append([r["cpu"], r["capability"], r["python"], *seconds, str(r["tests"]), r["date"][:10]])
+        rows.append([r["cpu"], r["capability"], r["python"], *seconds, str(r.get("tests", "–")), r["date"][:10]])
     header = ["CPU", "capability", "Python", "`make run`", "`make test`", "beside two busy loops", "tests", "date"]
     return table(header, rows)
 
