@@ -482,6 +482,7 @@ class Colocation:
 
         n = len(self.trainers)
         tokens = max(1, learned_tokens(samples))
+        self.fleet.require_alive("learn")  # an all-reduce with a missing peer hangs forever
         self.trained = True
         wait_for_reset = self.fleet.begin(self.engines, "reset_prefix_cache")
         states = self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])
@@ -491,6 +492,7 @@ class Colocation:
 
     def restore(self) -> tuple[int, dict]:
         """Give the trainers their optimizers' weights back. Returns (steps that these have done, metrics)."""
+        self.fleet.require_alive("restore")  # shards may be gathered, all trainers together
         state = self.change_weights("restore")[0]
         return state["steps"], state["metrics"] | self.compare_replicas()
 
@@ -499,7 +501,6 @@ class Colocation:
 
         Returns what each replied. `compare_replicas` says whether they did the same.
         """
-        self.fleet.require_alive("a change of weights")  # an all-reduce with a missing peer hangs forever
         self.version = next(self.versions)
         return self.fleet.ask(self.trainers, method, version=self.version, **asked)
 

@@ -106,8 +106,7 @@ def checkpoint_tensors(
             )
         parameter = parameters[owner]
         held = (memory or {}).get(owner, parameter).detach()
-        is_whole = not hasattr(held, "placements") and held.shape == parameter.shape
-        if is_whole or not hasattr(parameter, "placements"):
+        if not hasattr(held, "placements") and held.shape == parameter.shape:  # all of it is here
             yield name, _slice(view).of(held)
             continue
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

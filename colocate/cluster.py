@@ -362,7 +362,7 @@ class Cluster:
             job = global_worker.core_worker.get_job_config()  # built with another copy of the same definitions
             request.runtime_env_info.ParseFromString(job.runtime_env_info.SerializeToString())
             for node, ready in idle.items():
-                request.num_workers = max(0, count - ready)
+                request.num_workers = max(0, count - len(ready))
                 with init_grpc_channel(nodes[node], GLOBAL_GRPC_OPTIONS) as channel:
                     node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=5)
         except Exception as error:  # it is no promise of Ray's: without it, the next recovery takes longer

@@ -437,7 +437,7 @@ class ClusterWatch:
         """End what is left on all nodes, and remove its files."""
         self.ask("leave", seconds=WORK_S)
 
-    def idle(self) -> dict[str, int]:
+    def idle(self) -> dict[str, set[int]]:
         """{node's id: `Watch.idle`}."""
         return self.ask("idle")
 

@@ -225,15 +225,16 @@ class Watch:
                     found.append(process)
         return found
 
-    def idle(self) -> int:
-        """How many processes Ray has ready here for actors to come."""
+    def idle(self) -> set[int]:
+        """The pids that Ray has ready here for actors to come."""
         import psutil
 
-        count = 0
+        found = set()
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                count += process.cmdline()[:1] == ["ray::IDLE"]
-        return count
+                if process.cmdline()[:1] == ["ray::IDLE"]:
+                    found.add(process.pid)
+        return found
 
     def note_files(self) -> None:
         """Remember what the processes have in /dev/shm by now: vLLM's queues, and what torch keeps for CUDA IPC."""

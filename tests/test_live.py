@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -11,7 +10,6 @@ import re
 import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from live import Shared
@@ -375,27 +373,18 @@ def test_the_memory_of_lost_trainers_is_free_before_new_ones_load(live):
 AT_ONCE = min(3, os.cpu_count())  # Ray starts no more processes at a time than there are cores
 
 
-def idle(layout: Shared) -> set[int]:
-    """Ray's processes that wait for an actor."""
-    found = set()
-    for process in layout.fleet.watch.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] == ["ray::IDLE"]:
-                found.add(process.pid)
-    return found
-
-
 def lose_the_engine(layout: Shared) -> tuple[str, set[int], set[int]]:
     """(what is wrong with spare processes, the spare ones, those that the next engine has)."""
     layout.change().loop(2, 3)
-    before = idle(layout)
+    idle = layout.fleet.watch.idle
+    before = idle()
     layout.cluster.config = dataclasses.replace(layout.config, spare_processes=3)
     try:
         trouble = layout.cluster.keep_spares()
     finally:
         layout.cluster.config = layout.first_config
-    eventually(lambda: trouble or len(idle(layout) - before) == AT_ONCE)
-    spare = idle(layout)
+    eventually(lambda: trouble or len(idle() - before) == AT_ONCE)
+    spare = idle()
     lost = Lost({"engine 0"}, "lost engine 0", during="rollout")
     layout.report.lost(lost)
     layout.kill("engine 0")
