@@ -26,27 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_learner import PROMPT_TOKENS, WARM_UP  # noqa: E402
+from bench_learner import PROMPT_TOKENS, WARM_UP, make_samples  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 from tables import PEAK_FLOPS  # noqa: E402
 
 from colocate.cluster import free_port  # noqa: E402
 
 SIDES = ("ours", "bare")
-
-
-def make_samples(count: int, tokens: int, vocabulary: int) -> list[dict]:
-    """Of this trainer."""
-    import torch
-
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    samples = []
-    for i in range(count):
-        ids = torch.randint(10, vocabulary, (PROMPT_TOKENS + tokens,), generator=generator).tolist()
-        sample = {"prompt": ids[:PROMPT_TOKENS], "tokens": ids[PROMPT_TOKENS:]}
-        sample["logprobs"] = [-math.log(vocabulary)] * tokens  # about what random weights give each word
-        samples.append(sample | {"advantage": (-1.0) ** i})
-    return samples
 
 
 def make_model(shape: dict, dtype):
@@ -127,8 +113,11 @@ def run_side(args) -> None:
     model = make_model(shape, torch.bfloat16 if on_gpu else torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     step = (our_step if args.side == "ours" else bare_step)(model, device, args)
-    samples = make_samples(args.sequences // args.num_gpus, args.tokens, shape["vocab_size"])
-    total = args.sequences // args.num_gpus * args.num_gpus * args.tokens
+    own = args.sequences // args.num_gpus
+    vocabulary = shape["vocab_size"]
+    generator = torch.Generator().manual_seed(rank)
+    samples = make_samples(own, args.tokens, "full", generator, vocabulary, logprob=-math.log(vocabulary))
+    total = own * args.num_gpus * args.tokens
     seconds = []
     norms = []
     for _ in range(WARM_UP + args.steps):
@@ -141,7 +130,7 @@ def run_side(args) -> None:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     counted = seconds[WARM_UP:]
-    computed = total + args.sequences // args.num_gpus * args.num_gpus * PROMPT_TOKENS
+    computed = total + own * args.num_gpus * PROMPT_TOKENS
     row = {"step_s_mean": statistics.fmean(counted), "step_s_p50": statistics.median(counted), "steps": args.steps}
     row |= {"tokens_per_s": computed / row["step_s_mean"], "grad_norm": norms[0]}
     if on_gpu:

@@ -40,8 +40,13 @@ CASES = [
 ]
 
 
-def make_samples(sequences: int, tokens: int, lengths: str, generator) -> list[dict]:
-    """Sequences of random ids; uneven: completions of 8 tokens to all, evenly spread."""
+def make_samples(
+    sequences: int, tokens: int, lengths: str, generator, vocabulary: int = 150_000, logprob: float = -12.0
+) -> list[dict]:
+    """Sequences of random ids; uneven: completions of 8 tokens to all, evenly spread.
+
+    logprob: the sampler's of each token, about what random weights give each word.
+    """
     import torch
 
     found = []
@@ -49,9 +54,8 @@ def make_samples(sequences: int, tokens: int, lengths: str, generator) -> list[d
         count = tokens
         if lengths == "uneven":
             count = int(torch.randint(8, tokens + 1, (), generator=generator))
-        ids = torch.randint(10, 150_000, (PROMPT_TOKENS + count,), generator=generator).tolist()
-        # About what random weights give each word.
-        sample = {"prompt": ids[:PROMPT_TOKENS], "tokens": ids[PROMPT_TOKENS:], "logprobs": [-12.0] * count}
+        ids = torch.randint(10, vocabulary, (PROMPT_TOKENS + count,), generator=generator).tolist()
+        sample = {"prompt": ids[:PROMPT_TOKENS], "tokens": ids[PROMPT_TOKENS:], "logprobs": [logprob] * count}
         found.append(sample | {"advantage": (-1.0) ** i})
     return found
 

@@ -96,34 +96,37 @@ class Host(Namespaces):
         self.name = f"host{number}"
         self.address = f"{NETWORK}.{number}"
         self.run("hostname", self.name)
-        self.run("mount", "-t", "tmpfs", "-o", f"size={SHM_MIB}m,mode=1777", "tmpfs", "/dev/shm")
+        self.cover(Path("/dev/shm"), {}, f"size={SHM_MIB}m,mode=1777")
         ours = {path for path in (ROOT, Path(sys.prefix).resolve()) if path.is_relative_to("/tmp")}
-        ours = {path for path in ours if not ours & {*path.parents}}  # what lies below another one comes with it
-        for path in ours:
-            self.run("mkdir", "-p", f"/dev/shm{path}")
-            self.run("mount", "--bind", str(path), f"/dev/shm{path}")
-        self.run("mount", "-t", "tmpfs", "-o", "size=4096m,mode=1777", "tmpfs", "/tmp")
-        for path in ours:
-            self.run("mkdir", "-p", str(path))
-            self.run("mount", "--move", f"/dev/shm{path}", str(path))
-        if ours:
-            self.run("find", "/dev/shm/tmp", "-xdev", "-type", "d", "-empty", "-delete")
+        ours = {path: path for path in ours if not ours & {*path.parents}}  # what lies below another comes with it
+        self.cover(Path("/tmp"), ours, "size=4096m,mode=1777", aside=Path("/dev/shm/kept"))
         switch.run("ip", "link", "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         switch.run("ip", "link", "set", self.name, "master", "bridge", "up")
         self.run("ip", "link", "set", "lo", "up")
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
 
+    def cover(self, folder: Path, keep: dict[Path, Path], options: str, aside: Path = Path("/tmp/kept")) -> None:
+        """Put an empty folder over this one, with nothing in it but `keep`: {where: what}.
+
+        options: of tmpfs. aside: a folder that is not there, for the time in between.
+        """
+        places = {aside / str(i): where for i, where in enumerate(keep)}
+        for place, what in zip(places, keep.values(), strict=True):
+            self.run("mkdir", "-p", str(place))
+            self.run("mount", "--bind", str(what), str(place))
+        self.run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder))
+        for place, where in places.items():
+            self.run("mkdir", "-p", str(where))
+            self.run("mount", "--move", str(place), str(where))
+            self.run("rmdir", str(place))
+        if places:
+            self.run("rmdir", str(aside))
+
     def hide(self, folder: Path, *keep: str) -> None:
         """Put an empty folder over this one, with nothing in it but the folders `keep`."""
-        kept = {name: (folder / name).resolve() for name in keep if (folder / name).exists()}
-        for name, target in kept.items():
-            self.run("mkdir", "-p", f"/tmp/kept/{name}")
-            self.run("mount", "--bind", str(target), f"/tmp/kept/{name}")
-        self.run("mount", "-t", "tmpfs", "tmpfs", str(folder))
-        for name in kept:
-            self.run("mkdir", str(folder / name))
-            self.run("mount", "--move", f"/tmp/kept/{name}", str(folder / name))
+        kept = {folder / name: (folder / name).resolve() for name in keep if (folder / name).exists()}
+        self.cover(folder, kept, "mode=1777")
 
     def cut(self) -> None:
         """Take its cable out."""
