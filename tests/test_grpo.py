@@ -545,8 +545,10 @@ def test_three_replicas_do_what_one_process_does_with_the_whole_batch(tmp_path):
     found, it = samples(), learner()
     alone = it.step(found, total(found))
     assert numbers[0] == numbers[1] == numbers[2]
-    worst = [found.pop("worst_token") for found in (numbers[0], alone)]
-    assert max(worst) < 1e-2, "the rounding of one token, which differs between batches"
+    # One token's rounding in bf16 depends on what it shares a micro-batch with: so each replica's part is done alone.
+    worst = [learner().step(found[rank::3], total(found))["worst_token"] for rank in range(3)]
+    assert numbers[0].pop("worst_token") == max(worst)
+    del alone["worst_token"]
     assert numbers[0] == pytest.approx(alone, rel=1e-3, abs=1e-4)
     replicas = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     for first, *others, one in zip(*replicas, it.model.parameters(), strict=True):
