@@ -26,28 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_learner import PROMPT_TOKENS, WARM_UP, make_samples  # noqa: E402
+from bench_learner import PROMPT_TOKENS, WARM_UP, make_model, make_samples  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 from tables import PEAK_FLOPS  # noqa: E402
 
 from colocate.cluster import free_port  # noqa: E402
 
 SIDES = ("ours", "bare")
-
-
-def make_model(shape: dict, dtype):
-    """On the host, random: as the trainers have it before they shard it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from colocate.attention import attention_for
-
-    shape = dict(shape)
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = attention_for(config, device, dtype)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def our_step(model, device, args):
@@ -110,7 +95,7 @@ def run_side(args) -> None:
     backend = "nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(backend, address, rank=rank, world_size=args.num_gpus)
     shape = json.loads(args.shape)
-    model = make_model(shape, torch.bfloat16 if on_gpu else torch.float32)
+    model = make_model(shape, device, torch.bfloat16 if on_gpu else torch.float32, "chosen")
     parameters = sum(p.numel() for p in model.parameters())
     step = (our_step if args.side == "ours" else bare_step)(model, device, args)
     own = args.sequences // args.num_gpus

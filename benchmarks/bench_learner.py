@@ -60,17 +60,18 @@ def make_samples(
     return found
 
 
-def make_model(name: str, device, attention: str | None):
+def make_model(shape: dict, device, dtype, attention: str | None):
+    """A transformers model of a shape of SHAPES with seeded random weights; on the device, which is quick at that."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = dict(SHAPES[name])
+    shape = dict(shape)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    options = {"dtype": torch.bfloat16}
+    options = {"dtype": dtype}
     if attention == "chosen":
         from colocate.attention import attention_for
 
-        options["attn_implementation"] = attention_for(config, device, torch.bfloat16)
+        options["attn_implementation"] = attention_for(config, device, dtype)
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, **options).eval()
@@ -90,7 +91,7 @@ def run_case(case: tuple, before: str | None) -> dict:
         options["micro_batch_size"] = 8
     else:
         from colocate import learner as module
-    model = make_model(name, device, None if before else "chosen")
+    model = make_model(SHAPES[name], device, torch.bfloat16, None if before else "chosen")
     parameters = sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(1)
     seconds = []

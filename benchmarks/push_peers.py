@@ -197,13 +197,14 @@ def replay_ms(worker, repeats: int) -> float:
 
 
 def peer_copy_ms(worker, repeats: int) -> float:
-    """Median time of a plain copy of the largest piece that lies on another GPU, scaled to all of these."""
+    """Median time of a plain copy out of another GPU, of up to 256 MiB, scaled to all that this worker reads there."""
     import torch
 
     remote = [src for _, src in worker._plan.remote]
     if not remote:
         return 0.0
-    piece = max(remote, key=lambda src: (src.is_contiguous(), src.nbytes))
+    storage = max((src.untyped_storage() for src in remote), key=lambda storage: storage.nbytes())
+    piece = torch.empty(0, dtype=torch.uint8, device=worker.device).set_(storage)[: 2**28]
     b = torch.empty_like(piece)
     median = median_ms(worker.device, functools.partial(b.copy_, piece), repeats)
     return median * sum(src.nbytes for src in remote) / piece.nbytes

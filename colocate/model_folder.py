@@ -524,13 +524,13 @@ def load_model(
     config = AutoConfig.from_pretrained(folder)
     options = {"dtype": getattr(torch, dtype)}
     options["attn_implementation"] = attention_for(config, device, options["dtype"])
-    device = torch.device("cpu") if on_host else device
+    home = torch.device("cpu") if on_host else device
     if load_format == "dummy":
         torch.manual_seed(seed)
-        with device:
+        with device:  # whichever home: a CPU draws so many numbers one by one, for minutes if they are 7 billion
             model = AutoModelForCausalLM.from_config(config, **options)
         make_parameters(model)
-        return model
+        return model.to(home)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     if wrong := describe_loading(info):
@@ -540,7 +540,7 @@ def load_model(
     if config.tie_word_embeddings and embedding.weight is not head.weight:
         raise ValueError(f"{folder}/config.json ties the head to the embedding, but the checkpoint's differ")
     make_parameters(model)
-    return model.to(device)
+    return model.to(home)
 
 
 def make_parameters(model: torch.nn.Module) -> None:

@@ -649,7 +649,7 @@ def test_ctrl_c_ends_a_reward_that_hangs(file):
     answers = [Answer(Prompt([], row["prompt"], row), "c", []) for row in rows]
     workers = Workers(1, 100)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer = threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
