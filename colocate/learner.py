@@ -133,6 +133,7 @@ class Learner:
         self.micro_batch_size = micro_batch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.workspace = 0  # bytes of GPU memory that the last step gave back
+        self.host: dict[str, torch.Tensor] = {}  # with offload: of masters and moments
         self.steps = 0
         self.updates = 0  # of the optimizer: num_iterations in each step
         self.interrupted = False  # in the middle of a step's iterations: there is no whole step to go on from
@@ -181,7 +182,7 @@ class Learner:
     def _optimize(self, samples: list[dict], total_tokens: int, correct: bool = False) -> dict[str, float]:
         """One optimizer step, the correction's forward pass before it. Returns its metrics."""
         self._reserve_workspace()
-        self._move(self.device)
+        self._bring_masters()
         self.held.begin_step(self.masters, self.device)
         if correct:
             self._correct(samples)
@@ -199,6 +200,7 @@ class Learner:
         if math.isfinite(norm):
             group = self.optimizer.param_groups[0]
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.steps, *self.schedule)
+            self._bring_moments()  # not before: activations may have their place until now
             self.optimizer.step()
             self.updates += 1
             self.restore()
@@ -294,7 +296,7 @@ class Learner:
         per_token = (torch.cuda.memory_allocated(self.device) - before) / count
         del whole_NH
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - before
-        if not self.optimizer.state:  # the first step makes the two moments
+        if not self.optimizer.state and not self.offload:  # the first step makes the two moments
             free -= 8 * sum(m.numel() for m in self.masters)
         free -= 4 * sum(m.numel() for m in self.masters if m.grad is None)
         return max(1, min(enough, int((0.75 * free - 3 * CHUNK_BYTES) / per_token)))
@@ -302,9 +304,10 @@ class Learner:
     def _reserve_workspace(self) -> None:
         """Take as much memory as the last step gave back, in one piece, which torch's allocator then cuts up.
 
-        Without that each step asks the driver for hundreds of pieces anew.
+        Without that each step asks the driver for hundreds of pieces anew. Not with shards: FSDP works on streams of
+        its own, which cannot use what was reserved on this one.
         """
-        if self.workspace:
+        if self.workspace and not self.held.group:
             with contextlib.suppress(torch.OutOfMemoryError):
                 torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
 
@@ -362,21 +365,51 @@ class Learner:
         Returns how many bytes were given back.
         """
         self.held.release()
-        self._move("cpu" if self.offload else self.device)
         if self.device.type != "cuda":
             return 0
+        if self.offload:
+            self._send_to_host()
         reserved = torch.cuda.memory_reserved(self.device)
         torch.cuda.empty_cache()
         return reserved - torch.cuda.memory_reserved(self.device)
 
-    def _move(self, device: torch.device | str) -> None:
-        """Bring masters and moments to the device; masters that the model computes with stay."""
-        if not self.held.group:
-            for master in self.masters:
-                master.data = master.data.to(device)
+    def _bring_masters(self) -> None:
+        """To the GPU, if they are not there."""
+        for master in self.masters:
+            master.data = master.data.to(self.device, non_blocking=True)
+
+    def _bring_moments(self) -> None:
         for state in self.optimizer.state.values():
-            for name in MOMENTS:
-                state[name] = state[name].to(device)
+            state |= {name: state[name].to(self.device, non_blocking=True) for name in MOMENTS}
+
+    def _send_to_host(self) -> None:
+        """Masters, but for those that the model computes with, and moments."""
+        if not self.held.group:
+            for master, on_host in zip(self.masters, self._on_host("master"), strict=True):
+                master.data = copied(master.data, on_host)
+        for name in MOMENTS if self.optimizer.state else ():
+            for master, on_host in zip(self.masters, self._on_host(name), strict=True):
+                if state := self.optimizer.state.get(master):
+                    state[name] = copied(state[name], on_host)
+        torch.cuda.synchronize(self.device)
+
+    def _on_host(self, name: str) -> list[torch.Tensor]:
+        """Host memory for each master, or for its moment of this name: always the same.
+
+        It is page-locked, since copies are several times faster then; not by torch's own means, which take up to twice
+        as much, as they go by powers of two.
+        """
+        sizes = [m.numel() for m in self.masters]
+        if name not in self.host:
+            self.host[name] = torch.empty(sum(sizes))
+            locked = torch.cuda.cudart().cudaHostRegister(self.host[name].data_ptr(), self.host[name].nbytes, 0)
+            torch.cuda.check_error(int(locked))
+        return [part.view(m.shape) for part, m in zip(self.host[name].split(sizes), self.masters, strict=True)]
+
+
+def copied(tensor: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    """`to`, with the tensor's values, unless it is that already."""
+    return to if tensor.data_ptr() == to.data_ptr() else to.copy_(tensor, non_blocking=True)
 
 
 def learning_rate_factor(step: int, kind: str, warmup_steps: int, scheduled_steps: int) -> float:

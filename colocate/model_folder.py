@@ -511,7 +511,7 @@ def first_line(error: object) -> str:
 def load_model(
     folder: str, load_format: str, dtype: str, seed: int, device: torch.device, on_host: bool = False
 ) -> torch.nn.Module:
-    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: it stays there for now.
+    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: a checkpoint's stay there.
 
     Raises ValueError if the checkpoint's tensors are not exactly the model's: transformers fills what is missing with
     random numbers.
@@ -524,13 +524,12 @@ def load_model(
     config = AutoConfig.from_pretrained(folder)
     options = {"dtype": getattr(torch, dtype)}
     options["attn_implementation"] = attention_for(config, device, options["dtype"])
-    home = torch.device("cpu") if on_host else device
     if load_format == "dummy":
         torch.manual_seed(seed)
-        with device:  # whichever home: a CPU draws so many numbers one by one, for minutes if they are 7 billion
+        with device:  # a CPU draws so many numbers one by one: for minutes, if they are 7 billion
             model = AutoModelForCausalLM.from_config(config, **options)
         make_parameters(model)
-        return model.to(home)
+        return model
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     if wrong := describe_loading(info):
@@ -540,7 +539,7 @@ def load_model(
     if config.tie_word_embeddings and embedding.weight is not head.weight:
         raise ValueError(f"{folder}/config.json ties the head to the embedding, but the checkpoint's differ")
     make_parameters(model)
-    return model.to(home)
+    return model if on_host else model.to(device)
 
 
 def make_parameters(model: torch.nn.Module) -> None:

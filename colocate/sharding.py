@@ -154,7 +154,7 @@ class Shard(Whole):
     def __init__(self, model: torch.nn.Module, size: int, device: torch.device):
         """Shard the model in place over `size` neighbours. All trainers at once, after `learner.join_group`.
 
-        model: on the host, where it may be larger than a GPU: one layer after the other goes to the device.
+        model: on the device, or on the host, where it may be larger than a GPU: one layer after the other goes there.
         Raises ValueError if its layers are not found.
         """
         layers = decoder_layers(model)
@@ -171,7 +171,7 @@ class Shard(Whole):
         for module in (*layers, model):
             for p in module.parameters():
                 if p.dtype != torch.float32:  # those that are sharded already have it
-                    p.data = p.data.float()
+                    p.data = p.data.to(device).float()
             # The root's weights stay gathered after its forward pass: the head is called outside of it.
             fully_shard(module, **options, reshard_after_forward=module is not model)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by all trainers' tokens already
