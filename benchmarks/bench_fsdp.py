@@ -166,7 +166,8 @@ def main() -> int:
     report = json.loads(args.output.read_text()) if args.output.exists() else {"commands": [], "rows": []}
     report |= {"hardware": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     report["date"] = datetime.date.today().isoformat()
-    report["commands"].append(f"python benchmarks/bench_fsdp.py {' '.join(sys.argv[1:])}")
+    words = (Path(word).name if word.endswith(".json") else word for word in sys.argv[1:])
+    report["commands"].append(" ".join(["python benchmarks/bench_fsdp.py", *words]))
     failed = False
     for text in args.shapes:
         for side in SIDES:

@@ -190,8 +190,40 @@ def measured_copies() -> list[dict]:
     """{"model", "tp", "shard_size", "ms"} of the recorded copies that were timed on GPUs; shard_size 1: replicas."""
     rows = [r | {"shard_size": 1, "ms": r["copy_ms_p50"]} for m in bench_shapes().values() for r in [m["recorded"]]]
     shards = [row for r in load("shards-*.json").values() for row in r["rows"] if "copy_ms" in row]
-    rows += [row | {"ms": row["copy_ms"]} for row in shards]
+    rows += [row | {"ms": row["copy_ms"]} for row in shards if row["push"] != "gather"]
     return [{name: row[name] for name in ("model", "tp", "shard_size", "ms")} for row in rows]
+
+
+def shard_pushes() -> str:
+    """Out of shards, or with --push gather, where a row's time has the gather in it."""
+    rows = []
+    for name, r in load("shards-*.json").items():
+        for row in r["rows"] if "layout" in r["rows"][0] else ():
+            method = METHODS[row["method"]]
+            if row["push"] == "gather":
+                method = f"gathered, then {method}"
+            floors = [row.get(floor) for floor in ("device_copy_ms", "nvlink_floor_ms")]
+            cells = [row.get(cell) for cell in ("copy_ms", "connect_ms", "extra_mib")]
+            figures = [row["wall_ms_p50"], row["noop_push_ms"], *floors, *cells]
+            cells = ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in figures]
+            where = f"{row['model']}, {row['layout']}, shards of {row['shard_size']}"
+            rows.append([f"[{hardware(r)}](../results/{name}.json)", where, method, *cells])
+    header = ["milliseconds", "shape", "push", "whole", "no-op", "device copy", "what is remote, over NVLink"]
+    return table([*header, "its copies", "connecting", "GPU memory, MiB"], rows)
+
+
+def sharded_steps() -> str:
+    """A step of sharded trainers beside a bare FSDP2 loop (bench_fsdp.py)."""
+    rows = []
+    for name, r in load("fsdp-*.json").items():
+        for row in r["rows"]:
+            size = f"{row['sequences']} × {row['tokens']}, {row['micro_batch_size']} at a time"
+            size += ", checkpointed" if row["checkpointing"] else ""
+            side = {"ours": "ours", "bare": "bare FSDP2"}[row["side"]]
+            cells = [f"{row['step_s_mean']:.2f} s", f"{row['flop_share']:.1%}", f"{row['peak_gib']:.1f}"]
+            rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, side, *cells])
+    header = ["hardware", "shape", "sequences × tokens", "side", "step", "of the GPUs' peak FLOP/s", "peak GiB"]
+    return table(header, rows)
 
 
 def renamed(text: str) -> str:

@@ -7,10 +7,8 @@ jobs' `worker_process_setup_hook`. Only an engine's processes do something: RLHF
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing.shared_memory
 import os
-from collections.abc import Iterator
 
 
 def prepare() -> None:
@@ -27,25 +25,11 @@ def prepare() -> None:
         # softcap: tanh by exponentials that overflow, as in https://github.com/vllm-project/vllm/pull/56579.
         torch.cpu._is_avx512_supported = lambda: False
         torch.cpu._is_amx_tile_supported = lambda: False
-    with uncollected():
-        import rlhf_utils
+    import rlhf_utils
 
-        rlhf_utils.preload_engine_process()
-        if architecture := os.environ.get("RLHF_COLOCATE_ARCHITECTURE"):
-            register(architecture)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Python's garbage collector rests, and leaves what is there afterwards alone: a third of the time that 5,000
-    modules take is its search in objects that all stay.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    rlhf_utils.preload_engine_process()
+    if architecture := os.environ.get("RLHF_COLOCATE_ARCHITECTURE"):
+        register(architecture)
 
 
 def register(architecture: str) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from running import ROOT, TINY, deadline, shape
 
-from benchmarks.trl_sides import WARM_UP, uneven_lengths
-
 pytestmark = pytest.mark.e2e
 
 
@@ -51,17 +49,6 @@ def test_control_benchmark(tmp_path):
     assert {fit["y"] for fit in found["fits"]} >= {"placement_s", "ask_ms", "beyond_ray_ms", "watch_ms", "recovery_s"}
 
 
-def test_rollout_benchmark(tmp_path):
-    sizes = ["--max-tokens", "8", "--prompts-per-step", "2", "--group-size", "3", "--rounds", "2"]
-    found = report(tmp_path, "bench_rollout.py", *shape(tmp_path, **TINY), "--dtype", "float32", *sizes)
-    rows = {row["way"]: row for row in found["rows"]}
-    assert list(rows) == ["plain", "logprobs", "flat", "seeds", "actor", "colocation"]
-    for row in rows.values():
-        assert len(row["seconds"]) == 2 and row["tokens"] == 2 * 3 * 8
-    assert rows["plain"]["times_plain"] == 1
-    assert found["engine"]["max_num_seqs"] == 64 and found["hardware"] and found["versions"]
-
-
 def test_nothing_is_used_up(tmp_path):
     """Not memory: its slope over so few pushes is noise. results/soak-*.json have the long runs."""
     model = [*shape(tmp_path, **TINY), "--dtype", "float32"]
@@ -76,18 +63,3 @@ def test_nothing_is_used_up(tmp_path):
         # Pools of threads (Ray's, gRPC's) may start one or two yet; what each second step leaves behind is more.
         growing = {k: s for k, s in slopes.items() if s["low"] * count > (0 if k.endswith("bytes") else 4)}
         assert not growing, growing
-
-
-def test_our_side_of_the_comparison_with_trl(tmp_path):
-    """TRL itself needs a GPU: vLLM's CPU build does not take weights in TRL's way."""
-    small = ["--shape", "opt-small", "--max-tokens", "12", "--steps", "1", "--repeats", "1"]
-    found = report(tmp_path, "bench_trl.py", *small, "--only", "ours", "--folder", str(tmp_path / "bench"))
-    full, uneven = found["rows"]
-    assert full["tokens"] == 64 * 12
-    assert uneven["tokens"] == sum(uneven_lengths(WARM_UP, 64, 12))
-    for row in (full, uneven):
-        parts = sum(row[f"{part}_s"] for part in ("rollout", "handover", "train", "score", "rest"))
-        assert abs(parts - row["step_s_mean"]) < 0.001
-        assert row["start_s"] > 0 and row["rollout_s"] > 0 and row["train_s"] > 0
-        assert len(row["reward"]) == WARM_UP + 1 and row["parameters"] > 1e6
-    assert full["caches"] == "cold" and found["versions"]["ray"]

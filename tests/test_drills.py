@@ -11,22 +11,10 @@ from running import LONG, ROOT, TINY, deadline, patience, shape
 
 from benchmarks.drills import DRILLS, FLAGS
 
-# One or two of each kind: what is lost in a push, in a step, before its reply, after the last; what is only refused.
-# benchmarks/drills.py plays all of them, most of an hour, into results/. Others need no run of their own (test_live.py,
-# the negative controls among them), or another layout (test_sharding.py, test_nodes.py).
-RUNS = {
-    "survive": [
-        "kill-worker-push",
-        "stop-worker",
-        "kill-trainer-reply",
-        "push-asleep",
-        "torn-push",
-        "kill-worker-last",
-    ],
-    "no-checkpoint": ["kill-one-engine", "kill-trainer-twice"],
-    "shards": ["missing-piece", "swapped-pieces", "stale-shard", "kill-shard-train"],
-    "full-shm-start": ["full-shm-start"],
-}
+# One of each kind: what is lost in a push, in a step, before its reply, after the last; what is only refused. A program
+# plays all of them, for most of an hour: benchmarks/drills.py. Others need no run of their own (test_live.py, the
+# negative controls among them), or another layout (test_sharding.py, test_nodes.py).
+SURVIVED = ["kill-worker-push", "stop-worker", "kill-trainer-reply", "push-asleep", "torn-push", "kill-worker-last"]
 
 
 def test_every_drill_is_recorded_and_has_gone_well():
@@ -42,9 +30,8 @@ def can_mount() -> bool:
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
 
 
-def play(tmp_path, run: str, *options: str) -> dict[str, dict]:
+def play(tmp_path, names: list[str], *options: str) -> dict[str, dict]:
     """{drill: its row} of one run, all of whose drills must have gone well."""
-    names = RUNS[run]
     output = tmp_path / "drills.json"
     command = [sys.executable, str(ROOT / "benchmarks/drills.py"), *names, "--output", str(output)]
     command += [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "64", "--patience", f"{patience():.2f}"]
@@ -58,11 +45,9 @@ def play(tmp_path, run: str, *options: str) -> dict[str, dict]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("run", [run for run in RUNS if run != "survive"])
-def test_drills(tmp_path, run):
-    if run.startswith("full-shm") and not can_mount():
-        pytest.skip("a full /dev/shm needs the right to mount one")
-    play(tmp_path, run)
+@pytest.mark.skipif(not can_mount(), reason="a full /dev/shm needs the right to mount one")
+def test_a_full_shm(tmp_path):
+    play(tmp_path, ["full-shm-start"])
 
 
 @pytest.mark.e2e
@@ -70,7 +55,7 @@ def test_a_run_that_survives_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     """On CPU, where everything can be repeated bitwise: no step is lost or done twice, and none of its numbers."""
     assert set(LONG[:4]) <= set(FLAGS["survive"]) and LONG[-1] in FLAGS["survive"]
     metrics = tmp_path / "metrics.jsonl"
-    rows = play(tmp_path, "survive", "--metrics", str(metrics))
+    rows = play(tmp_path, SURVIVED, "--metrics", str(metrics))
     assert {row["weights"] for row in rows.values()} == {undisturbed[0][-1]["weights"]}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert sum("lost" in line for line in lines) == sum(bool(row["recovered_s"]) for row in rows.values())

@@ -25,7 +25,7 @@ junk = st.recursive(
 likely = st.sampled_from(
     ["cpu", "cuda", "empty", "float32", "float64", "complex64", "w", "/proc/self/fd/0", "/proc/1/fd/1", "/dev/zero"]
 )
-ten_thousand = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+thousands = settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Trainer:
@@ -106,14 +106,14 @@ def trainer() -> Trainer:
     return Trainer()
 
 
-def test_ten_thousand_damaged_messages_are_refused(trainer):
+def test_thousands_of_damaged_messages_are_refused(trainer):
     """All of them, whichever GPU's message it is, before a parameter is touched."""
     worker = Worker(trainer.weights)
     before = {n: p.clone() for n, p in worker.parameters.items()}
     good = {"cpu": trainer.message(), "GPU-other": trainer.message()}
     refused = []
 
-    @ten_thousand
+    @thousands
     @given(data=st.data())
     def refuse(data):
         messages = copy.deepcopy(good)
@@ -129,14 +129,14 @@ def test_ten_thousand_damaged_messages_are_refused(trainer):
         refused.append(gpu)
 
     refuse()
-    assert len(refused) >= 10_000
+    assert len(refused) >= 2_000
     assert worker.update_weights_from_ipc_handles(good)["version"] == 7, "the message itself is a good one"
     assert all(torch.equal(p, trainer.weights[n]) for n, p in worker.parameters.items())
 
 
-@ten_thousand
+@thousands
 @given(data=st.data())
-def test_ten_thousand_forged_messages_cannot_reach_beyond_shared_memory(trainer, data):
+def test_thousands_of_forged_messages_cannot_reach_beyond_shared_memory(trainer, data):
     """With a checksum that fits: each is refused, or describes memory that is there."""
     message = trainer.message()
     damage(data, message)
