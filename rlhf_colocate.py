@@ -72,7 +72,7 @@ class RayTrainingActor:
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # Ray shows a trainer its own only
         self.seed = seed
         self.random_weights = load_format == "dummy"
-        # YOURS: a transformers model. One that will be sharded may be larger than the GPU, and stays on the host.
+        # YOURS: a transformers model. One that will be sharded may be larger than the GPU: it may stay on the host.
         self.model = load_model(model, load_format, dtype, seed, self.device, on_host=sharded)
         self.model.eval()
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION

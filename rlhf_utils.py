@@ -424,7 +424,7 @@ class CopyPlan:
         beside = torch.cuda.Stream(priority=-1)
         table, others = _tiles(self.remote)
         local, remote = (sum(dst.nbytes for dst, _ in copies) for copies in (self.copies, self.remote))
-        blocks = 64 if 2 * remote < local else 96  # see `_copy_tiles`
+        blocks = 64 if 4 * remote < local else 96  # see `_copy_tiles`
         copies = [_widened(dst, src) for dst, src in sorted([*self.copies, *others], key=lambda c: -c[0].nbytes)]
         self.table = None if table is None else table.to(self.seen.device)  # as long as the graph
         if table is not None:
@@ -485,20 +485,20 @@ def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tenso
         cut.append((src.data_ptr(), dst.data_ptr(), *dst.shape, src.stride(0), dst.stride(0)))
     if not cut:
         return None, others
-    whole = torch.tensor(cut)
-    wide = whole[:, 3].clamp(max=TILE)
+    by_copy = torch.tensor(cut)
+    wide = by_copy[:, 3].clamp(max=TILE)
     high = (TILE // wide).clamp(min=1)
-    across = -(-whole[:, 3] // wide)  # tiles beside one another
-    count = across * -(-whole[:, 2] // high)
-    of = torch.arange(len(cut)).repeat_interleave(count)  # which copy a tile is of
-    i = torch.arange(len(of)) - (count.cumsum(0) - count)[of]
-    row = i // across[of] * high[of]
-    column = i % across[of] * wide[of]
-    table = whole[of]
+    across = -(-by_copy[:, 3] // wide)  # tiles beside one another
+    count = across * -(-by_copy[:, 2] // high)
+    copy = torch.arange(len(cut)).repeat_interleave(count)  # to which a tile belongs
+    place = torch.arange(len(copy)) - (count.cumsum(0) - count)[copy]  # among its tiles
+    row = place // across[copy] * high[copy]
+    column = place % across[copy] * wide[copy]
+    table = by_copy[copy]
     for side in (0, 1):
         table[:, side] += 8 * (row * table[:, 4 + side] + column)
-    table[:, 2] = torch.minimum(table[:, 2] - row, high[of])
-    table[:, 3] = torch.minimum(table[:, 3] - column, wide[of])
+    table[:, 2] = torch.minimum(table[:, 2] - row, high[copy])
+    table[:, 3] = torch.minimum(table[:, 3] - column, wide[copy])
     return table, others
 
 
@@ -506,8 +506,7 @@ def _copy_tiles(table: torch.Tensor, tiles: int, blocks: int) -> None:
     """Copy so many tiles of the table, on the current stream.
 
     The sizes are those that were fastest on two H100s that read each other's memory: 64 blocks beside local copies that
-    take longer, and 96 where NVLink decides (Qwen2.5-7B, half of it on the other GPU: 22.7 ms; 24.7 with 64 blocks,
-    23.0 with 128).
+    take longer, and 96 where NVLink decides, as it has an eighth of the memory's rate.
     """
     _tile_kernel()[(blocks,)](table, tiles, BLOCK=8192, num_warps=16)
 
@@ -1293,7 +1292,7 @@ def preload_engine_process() -> None:
     """
     if os.environ.get("RLHF_COLOCATE_ROLE") != "engine":
         return
-    gc.disable()  # a third of the time would go into its search in objects that all stay
+    gc.disable()  # of 15 s on a slow core, 5 would go into its search in objects that all stay
     import vllm.v1.executor.ray_executor_v2
     from vllm.platforms import current_platform
 

@@ -396,6 +396,7 @@ FLAGS = {
     "stale-handle": [*ONE, "--steps", "3", *CHECKPOINT],
     "no-restarts": [*TWO, "--steps", "3", "--max-restarts", "0"],
     "last-trainer-checkpoint": [*ONE, "--steps", "3", *CHECKPOINT],
+    "nan-weight": [*ONE, "--steps", "2"],  # weights are looked at in the first and the last step
     "drifted-replicas": [*TWO, "--steps", "2"],
     "oom-wake": [*ONE, "--steps", "3", "--sleep-level", "2"],
     "corrupt-handle": [*ONE, "--steps", "0"],
@@ -839,7 +840,7 @@ def main() -> int:
     usage = "%(prog)s [NAME ...] [--output FILE] [flags of rlhf_colocate.py]"
     text = f"{__doc__}\ndrills:\n{drills}"
     parser = argparse.ArgumentParser(usage=usage, description=text, formatter_class=formatter)
-    parser.add_argument("--output", help="write the rows to this JSON file")
+    parser.add_argument("--output", help="JSON; rows of the same drills that are in it already are replaced")
     parser.add_argument("--patience", type=float, default=1, help="stretch all deadlines by this factor (default: 1)")
     chosen = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))  # none: all that can be done here
     args, flags = parser.parse_known_args(sys.argv[1 + len(chosen) :])
@@ -858,9 +859,13 @@ def main() -> int:
             if not row["ok"]:
                 print(f"       exit code {row['exit_code']}, left behind: {row['left_behind']}")
     if args.output:
-        report |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": rows}
-        report["command"] = " ".join(["python benchmarks/drills.py", *chosen, *flags])
-        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+        path = Path(args.output)
+        done = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        done |= report | {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        done.setdefault("commands", []).append(" ".join(["python benchmarks/drills.py", *chosen, *flags]))
+        by_name = {row["drill"]: row for row in (*done["rows"], *rows)}
+        done["rows"] = [by_name[name] for name in DRILLS if name in by_name]
+        path.write_text(json.dumps(done, indent=1) + "\n")
     return PASS if all(r["ok"] for r in rows) else FAIL
 
 

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import math
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -133,7 +134,7 @@ class Learner:
         self.micro_batch_size = micro_batch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.workspace = 0  # bytes of GPU memory that the last step gave back
-        self.host: dict[str, torch.Tensor] = {}  # with offload: of masters and moments
+        self.host: dict[str, torch.Tensor] = {}  # with offload: see `_on_host`
         self.steps = 0
         self.updates = 0  # of the optimizer: num_iterations in each step
         self.interrupted = False  # in the middle of a step's iterations: there is no whole step to go on from
@@ -348,11 +349,15 @@ class Learner:
     def _state(self) -> dict[str, torch.Tensor]:
         """All tensors by name, for trainer_state. AdamW's moments are made if there has been no step."""
         state = {}
+        offloads = self.offload and self.device.type == "cuda"
+        new = {moment: self._on_host(moment) if offloads else self.masters for moment in MOMENTS}
         for i, (name, master) in enumerate(zip(self.held.memory, self.masters, strict=True)):
             moments = self.optimizer.state[master]
             if not moments:
                 moments["step"] = torch.zeros((), device=self.device)
-                moments |= {moment: torch.zeros_like(master) for moment in MOMENTS}
+                moments |= {
+                    moment: new[moment][i].zero_() if offloads else torch.zeros_like(master) for moment in MOMENTS
+                }
             tensors = {"master": master} | {moment: moments[moment] for moment in MOMENTS}
             if self.reference:
                 tensors["reference"] = self.reference[i]
@@ -394,16 +399,17 @@ class Learner:
         torch.cuda.synchronize(self.device)
 
     def _on_host(self, name: str) -> list[torch.Tensor]:
-        """Host memory for each master, or for its moment of this name: always the same.
+        """Host memory for each master, or for its moment of this name: always the same, parts of one piece.
 
         It is page-locked, since copies are several times faster then; not by torch's own means, which take up to twice
         as much, as they go by powers of two.
         """
         sizes = [m.numel() for m in self.masters]
         if name not in self.host:
-            self.host[name] = torch.empty(sum(sizes))
-            locked = torch.cuda.cudart().cudaHostRegister(self.host[name].data_ptr(), self.host[name].nbytes, 0)
-            torch.cuda.check_error(int(locked))
+            memory = torch.empty(sum(sizes), dtype=torch.float32)
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+            weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
+            self.host[name] = memory
         return [part.view(m.shape) for part, m in zip(self.host[name].split(sizes), self.masters, strict=True)]
 
 

@@ -511,10 +511,11 @@ def first_line(error: object) -> str:
 def load_model(
     folder: str, load_format: str, dtype: str, seed: int, device: torch.device, on_host: bool = False
 ) -> torch.nn.Module:
-    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: a checkpoint's stay there.
+    """A trainer's transformers model. load_format "dummy": seeded random weights. on_host: it may be larger than a GPU.
 
-    Raises ValueError if the checkpoint's tensors are not exactly the model's: transformers fills what is missing with
-    random numbers.
+    Then a checkpoint's weights stay on the host. Random ones are drawn on the device, if all of them have room there: a
+    CPU draws them one by one, for minutes if they are 7 billion. Raises ValueError if the checkpoint's tensors are not
+    exactly the model's: transformers fills what is missing with random numbers.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -526,7 +527,12 @@ def load_model(
     options["attn_implementation"] = attention_for(config, device, options["dtype"])
     if load_format == "dummy":
         torch.manual_seed(seed)
-        with device:  # a CPU draws so many numbers one by one: for minutes, if they are 7 billion
+        try:
+            with device:
+                model = AutoModelForCausalLM.from_config(config, **options)
+        except torch.OutOfMemoryError:
+            if not on_host:
+                raise
             model = AutoModelForCausalLM.from_config(config, **options)
         make_parameters(model)
         return model

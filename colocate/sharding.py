@@ -180,6 +180,8 @@ class Shard(Whole):
         register_fsdp_forward_method(model, "run_base")
         super().__init__(model)
         self.memory = {n: p.to_local().detach().to(dtypes[n], copy=True) for n, p in self.parameters.items()}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the whole layers: an engine may need it
 
     def __str__(self) -> str:
         return f"FSDP2 in shards of {self.size}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -467,6 +468,30 @@ def test_between_steps_a_trainer_holds_no_more_than_after_the_first(offload):
         it.step(found, total(found))
         held.append(torch.cuda.memory_reserved())
     assert max(held[1:]) <= held[0]
+
+
+@pytest.mark.gpu
+def test_what_is_offloaded_comes_back_bitwise(tmp_path):
+    """After steps, one of which is refused, and from a checkpoint."""
+    found = uneven()
+    refused = [sample | {"advantage": math.nan} for sample in found]
+
+    def make(offload: bool) -> Learner:
+        return learner(family("llama", torch.bfloat16, torch.device("cuda")), offload=offload)
+
+    kept, sent = make(False), make(True)
+
+    def step(it: Learner, samples: list[dict]) -> dict | None:
+        with contextlib.suppress(ValueError):
+            return it.step(samples, total(samples))
+
+    for samples in (found, refused, found):
+        assert step(kept, samples) == step(sent, samples)
+    sent.save(tmp_path)
+    resumed = make(True)
+    resumed.load(tmp_path)
+    assert all(master.device.type == "cpu" and master.is_pinned() for master in (*sent.masters, *resumed.masters))
+    assert step(kept, found) == step(sent, found) == step(resumed, found)
 
 
 def test_fresh_samples_have_ratio_1():

@@ -399,6 +399,21 @@ def test_a_lost_engine_is_replaced_by_spare_processes(live):
     assert len(new) == 3 and len(new & spare) == AT_ONCE
 
 
+def lose_a_worker_twice(layout: Shared) -> tuple[str, list[str], int]:
+    """The second as soon as it starts: (the message that ends the loop, those of the losses, steps that were done)."""
+    layout.armed = "kill-worker-twice"
+    layout.kill(layout.last_rank)
+    message, rows = learn(layout, 1, None)
+    return message, [loss["message"] for loss in layout.report.data["losses"]], len(rows)
+
+
+def test_what_is_lost_while_it_is_replaced_is_replaced_again(live):
+    message, losses, steps = live(lose_a_worker_twice)
+    assert not message and steps == 1
+    assert [bool(re.search(r"lost engine 0: engine 0", loss)) for loss in losses] == [True, True], losses
+    assert losses[1].startswith("start: ")
+
+
 def lose_all_trainers(layout: Shared, saved: bool) -> str:
     said = []
     layout.report = lambda tag, text: said.append(text)
