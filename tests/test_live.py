@@ -401,10 +401,12 @@ def test_a_lost_engine_is_replaced_by_spare_processes(live):
 
 def lose_a_worker_twice(layout: Shared) -> tuple[str, list[str], int]:
     """The second as soon as it starts: (the message that ends the loop, those of the losses, steps that were done)."""
+    before = layout.answers()
+    report = layout.change(steps=1, max_restarts=2)
     layout.armed = "kill-worker-twice"
     layout.kill(layout.last_rank)
-    message, rows = learn(layout, 1, None)
-    return message, [loss["message"] for loss in layout.report.data["losses"]], len(rows)
+    message = refused(rc.learn, layout, layout.task, before)
+    return message, [loss["message"] for loss in report.data["losses"]], len(report.data["steps"])
 
 
 def test_what_is_lost_while_it_is_replaced_is_replaced_again(live):
