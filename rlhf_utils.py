@@ -299,7 +299,7 @@ class ColocateWorkerExtension:
             "weights": len(weights) - 1,
             "copies": len(plan.copies) + len(plan.remote),
             "bytes": plan.nbytes,
-            "remote_bytes": sum(dst.nbytes for dst, _ in plan.remote),
+            "remote_bytes": plan.remote_bytes,
             "loaders": recording.loaders,
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),
@@ -377,7 +377,8 @@ class CopyPlan:
                     where, source = part
                     copy = (c.target.narrow(where).of(targets[c.parameter]), source.of(piece.tensor))
                     (self.remote if piece.remote else self.copies).append(copy)
-        self.nbytes = sum(dst.nbytes for dst, _ in (*self.copies, *self.remote))
+        self.remote_bytes = sum(dst.nbytes for dst, _ in self.remote)
+        self.nbytes = self.remote_bytes + sum(dst.nbytes for dst, _ in self.copies)
         self.seen = torch.full((2, len(self.versions)), -1, dtype=torch.int64, device=self.versions[0].device)
         self.graph = self._capture() if self.seen.is_cuda and recording.copies else None
 
@@ -423,8 +424,7 @@ class CopyPlan:
         lanes = [torch.cuda.Stream() for _ in range(4)]
         beside = torch.cuda.Stream(priority=-1)
         table, others = _tiles(self.remote)
-        local, remote = (sum(dst.nbytes for dst, _ in copies) for copies in (self.copies, self.remote))
-        blocks = 64 if 4 * remote < local else 96  # see `_copy_tiles`
+        blocks = 64 if 5 * self.remote_bytes < self.nbytes else 96  # see `_copy_tiles`
         copies = [_widened(dst, src) for dst, src in sorted([*self.copies, *others], key=lambda c: -c[0].nbytes)]
         self.table = None if table is None else table.to(self.seen.device)  # as long as the graph
         if table is not None:

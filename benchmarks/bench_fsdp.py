@@ -31,6 +31,7 @@ from shapes import SHAPES  # noqa: E402
 from tables import PEAK_FLOPS  # noqa: E402
 
 from colocate.cluster import free_port  # noqa: E402
+from colocate.report import command_line  # noqa: E402
 
 SIDES = ("ours", "bare")
 
@@ -166,8 +167,7 @@ def main() -> int:
     report = json.loads(args.output.read_text()) if args.output.exists() else {"commands": [], "rows": []}
     report |= {"hardware": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     report["date"] = datetime.date.today().isoformat()
-    words = (Path(word).name if word.endswith(".json") else word for word in sys.argv[1:])
-    report["commands"].append(" ".join(["python benchmarks/bench_fsdp.py", *words]))
+    report["commands"].append(command_line("benchmarks/bench_fsdp.py", sys.argv[1:]))
     failed = False
     for text in args.shapes:
         for side in SIDES:

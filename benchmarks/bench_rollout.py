@@ -36,7 +36,7 @@ import rlhf_colocate as rc  # noqa: E402
 from colocate import cluster  # noqa: E402
 from colocate.config import Config  # noqa: E402
 from colocate.preflight import preflight  # noqa: E402
-from colocate.report import Report, print_table  # noqa: E402
+from colocate.report import Report, command_line, print_table  # noqa: E402
 from colocate.tasks import Task  # noqa: E402
 
 WARM_UP = 2
@@ -159,7 +159,7 @@ def main() -> int:
     if report.exit_code:
         return report.exit_code
     done = {name: report.data[name] for name in ("versions", "hardware", "date", "config")}
-    done["command"] = " ".join(["python benchmarks/bench_rollout.py", *(Path(a).name for a in sys.argv[1:])])
+    done["command"] = command_line("benchmarks/bench_rollout.py", sys.argv[1:])
     done |= {"shape": shape, "engine": chosen, "rows": rows}
     Path(args.output).write_text(json.dumps(done, indent=1) + "\n")
     header = ["way", "median s", "mean s", "times plain", "tokens/s"]

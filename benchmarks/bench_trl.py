@@ -46,6 +46,7 @@ from trl_sides import GROUP_SIZE, PROMPTS, WARM_UP, Settings  # noqa: E402
 
 from colocate.model_folder import read_shapes  # noqa: E402
 from colocate.preflight import find_gpus  # noqa: E402
+from colocate.report import command_line  # noqa: E402
 
 STARTED = time.time()
 KINDS = {  # what --only names: fields of Settings
@@ -193,8 +194,7 @@ def about(num_gpus: int, versions: dict[str, str]) -> dict:
     """What a file says beside its rows."""
     gpus = find_gpus()[:num_gpus]
     hardware = f"{num_gpus} x {gpus[0]['name']}" if gpus else f"no GPU, {os.cpu_count()} cores"
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # the file may be published
-    command = " ".join(["python benchmarks/bench_trl.py", *words])
+    command = command_line("benchmarks/bench_trl.py", sys.argv[1:])
     return {"hardware": hardware, "versions": versions, "date": f"{datetime.date.today()}", "command": command}
 
 

@@ -41,7 +41,7 @@ from tables import METHODS, layout  # noqa: E402
 from colocate import checks, cluster  # noqa: E402
 from colocate.config import Config, Stop  # noqa: E402
 from colocate.preflight import preflight  # noqa: E402
-from colocate.report import Report, summary  # noqa: E402
+from colocate.report import Report, command_line, summary  # noqa: E402
 
 
 def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str]) -> list[dict]:
@@ -185,8 +185,7 @@ def main() -> int:
     done = json.loads(output.read_text()) if output.exists() else {"rows": []}
     done |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version()}
     done |= {name: report.data[name] for name in ("versions", "hardware")}
-    command = ["python benchmarks/bench_weight_push.py", *sys.argv[1:]]
-    done.setdefault("commands", []).append(" ".join(Path(c).name if c.endswith(".json") else c for c in command))
+    done.setdefault("commands", []).append(command_line("benchmarks/bench_weight_push.py", sys.argv[1:]))
     where = {"model": args.shape, "tp": args.tensor_parallel_size, "engines": config.num_engines}
     if config.trainer == "fsdp":
         where |= {"layout": layout(counts), "shard_size": config.replica_size, "push": config.push}

@@ -200,14 +200,14 @@ def peer_copy_ms(worker, repeats: int) -> float:
     """Median time of a plain copy out of another GPU, of up to 256 MiB, scaled to all that this worker reads there."""
     import torch
 
-    remote = [src for _, src in worker._plan.remote]
-    if not remote:
+    plan = worker._plan
+    if not plan.remote:
         return 0.0
-    storage = max((src.untyped_storage() for src in remote), key=lambda storage: storage.nbytes())
+    storage = max((src.untyped_storage() for _, src in plan.remote), key=lambda storage: storage.nbytes())
     piece = torch.empty(0, dtype=torch.uint8, device=worker.device).set_(storage)[: 2**28]
     b = torch.empty_like(piece)
     median = median_ms(worker.device, functools.partial(b.copy_, piece), repeats)
-    return median * sum(src.nbytes for src in remote) / piece.nbytes
+    return median * plan.remote_bytes / piece.nbytes
 
 
 def median_ms(device, call, repeats: int) -> float:

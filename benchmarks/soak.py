@@ -32,7 +32,7 @@ import rlhf_colocate as rc  # noqa: E402
 from colocate import checks, cluster  # noqa: E402
 from colocate.config import Config  # noqa: E402
 from colocate.preflight import preflight  # noqa: E402
-from colocate.report import Report, print_table  # noqa: E402
+from colocate.report import Report, command_line, print_table  # noqa: E402
 from colocate.tasks import Task  # noqa: E402
 
 BATCHES = 10
@@ -155,7 +155,7 @@ def main() -> int:
     if report.exit_code:
         return report.exit_code
     result = {name: report.data[name] for name in ("versions", "hardware", "date")}
-    result["command"] = " ".join(["python benchmarks/soak.py", *(Path(a).name for a in sys.argv[1:])])
+    result["command"] = command_line("benchmarks/soak.py", sys.argv[1:])
     result["layout"] = {"trainers": config.num_gpus, "engines": config.num_engines, "tp": config.tensor_parallel_size}
     Path(args.output).write_text(json.dumps(result | done, indent=1) + "\n")
     for kind, one in done.items():

@@ -186,25 +186,29 @@ def shard_scaling() -> str:
     return table(header, lines)
 
 
+SHARD_PUSHES = "shards-*xh*.json"  # of bench_weight_push.py, on GPUs
+
+
 def measured_copies() -> list[dict]:
     """{"model", "tp", "shard_size", "ms"} of the recorded copies that were timed on GPUs; shard_size 1: replicas."""
     rows = [r | {"shard_size": 1, "ms": r["copy_ms_p50"]} for m in bench_shapes().values() for r in [m["recorded"]]]
-    shards = [row for r in load("shards-*.json").values() for row in r["rows"] if "copy_ms" in row]
-    rows += [row | {"ms": row["copy_ms"]} for row in shards if row["push"] != "gather"]
+    shards = [
+        row for r in load(SHARD_PUSHES).values() for row in r["rows"] if "copy_ms" in row and row["push"] != "gather"
+    ]
+    rows += [row | {"ms": row["copy_ms"]} for row in shards]
     return [{name: row[name] for name in ("model", "tp", "shard_size", "ms")} for row in rows]
 
 
 def shard_pushes() -> str:
     """Out of shards, or with --push gather, where a row's time has the gather in it."""
     rows = []
-    for name, r in load("shards-*.json").items():
-        for row in r["rows"] if "layout" in r["rows"][0] else ():
+    columns = ("wall_ms_p50", "noop_push_ms", "device_copy_ms", "nvlink_floor_ms", "copy_ms", "connect_ms", "extra_mib")
+    for name, r in load(SHARD_PUSHES).items():
+        for row in r["rows"]:
             method = METHODS[row["method"]]
             if row["push"] == "gather":
                 method = f"gathered, then {method}"
-            floors = [row.get(floor) for floor in ("device_copy_ms", "nvlink_floor_ms")]
-            cells = [row.get(cell) for cell in ("copy_ms", "connect_ms", "extra_mib")]
-            figures = [row["wall_ms_p50"], row["noop_push_ms"], *floors, *cells]
+            figures = [row.get(column) for column in columns]
             cells = ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in figures]
             where = f"{row['model']}, {row['layout']}, shards of {row['shard_size']}"
             rows.append([f"[{hardware(r)}](../results/{name}.json)", where, method, *cells])

@@ -120,7 +120,6 @@ class Learner:
         `logprobs.find_route`), or if it has no gradient checkpointing and that is asked for.
         """
         self.model = model
-        self.offload = offload
         self.epsilon = epsilon
         self.epsilon_high = epsilon_high
         self.temperature = temperature
@@ -142,6 +141,7 @@ class Learner:
         self.held = held or Whole(model)
         self.weights = [w.detach() for w in self.held.memory.values()]  # in the engines' dtype
         self.device = self.weights[0].device
+        self.offload = offload and self.device.type == "cuda"
         self.route = find_route(model)
         self.reference = [w.clone() for w in self.weights] if kl_coef else None
         if gradient_checkpointing:
@@ -349,15 +349,13 @@ class Learner:
     def _state(self) -> dict[str, torch.Tensor]:
         """All tensors by name, for trainer_state. AdamW's moments are made if there has been no step."""
         state = {}
-        offloads = self.offload and self.device.type == "cuda"
-        new = {moment: self._on_host(moment) if offloads else self.masters for moment in MOMENTS}
+        home = {moment: self._on_host(moment) for moment in MOMENTS} if self.offload else {}
         for i, (name, master) in enumerate(zip(self.held.memory, self.masters, strict=True)):
             moments = self.optimizer.state[master]
             if not moments:
                 moments["step"] = torch.zeros((), device=self.device)
-                moments |= {
-                    moment: new[moment][i].zero_() if offloads else torch.zeros_like(master) for moment in MOMENTS
-                }
+                for moment in MOMENTS:
+                    moments[moment] = home[moment][i].zero_() if home else torch.zeros_like(master)
             tensors = {"master": master} | {moment: moments[moment] for moment in MOMENTS}
             if self.reference:
                 tensors["reference"] = self.reference[i]
@@ -370,10 +368,10 @@ class Learner:
         Returns how many bytes were given back.
         """
         self.held.release()
-        if self.device.type != "cuda":
-            return 0
         if self.offload:
             self._send_to_host()
+        if self.device.type != "cuda":
+            return 0
         reserved = torch.cuda.memory_reserved(self.device)
         torch.cuda.empty_cache()
         return reserved - torch.cuda.memory_reserved(self.device)

@@ -25,6 +25,11 @@ START = time.perf_counter()
 SILENCE_S = 30
 
 
+def command_line(script: str, arguments: list[str]) -> str:
+    """As a file may say it that is published: without folders."""
+    return " ".join([f"python {script}", *(Path(a).name if "/" in a else a for a in arguments)])
+
+
 class Report:
     """Of one run. `data` becomes --output-json."""
 
@@ -45,7 +50,7 @@ class Report:
         arguments = sys.argv[1:] if argv is None else argv
         self.data: dict = {
             "verdict": "FAIL",
-            "command": " ".join(["python rlhf_colocate.py", *(Path(a).name if "/" in a else a for a in arguments)]),
+            "command": command_line("rlhf_colocate.py", arguments),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "config": {},
             "versions": {},
