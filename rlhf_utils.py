@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -485,21 +486,22 @@ def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tenso
         cut.append((src.data_ptr(), dst.data_ptr(), *dst.shape, src.stride(0), dst.stride(0)))
     if not cut:
         return None, others
-    by_copy = torch.tensor(cut)
-    wide = by_copy[:, 3].clamp(max=TILE)
-    high = (TILE // wide).clamp(min=1)
+    # NumPy, since torch would wake threads for all cores of the host, which takes half a second in a container.
+    by_copy = np.array(cut)
+    wide = by_copy[:, 3].clip(max=TILE)
+    high = (TILE // wide).clip(min=1)
     across = -(-by_copy[:, 3] // wide)  # tiles beside one another
     count = across * -(-by_copy[:, 2] // high)
-    copy = torch.arange(len(cut)).repeat_interleave(count)  # to which a tile belongs
-    place = torch.arange(len(copy)) - (count.cumsum(0) - count)[copy]  # among its tiles
+    copy = np.arange(len(cut)).repeat(count)  # to which a tile belongs
+    place = np.arange(len(copy)) - (count.cumsum() - count)[copy]  # among its tiles
     row = place // across[copy] * high[copy]
     column = place % across[copy] * wide[copy]
     table = by_copy[copy]
     for side in (0, 1):
         table[:, side] += 8 * (row * table[:, 4 + side] + column)
-    table[:, 2] = torch.minimum(table[:, 2] - row, high[copy])
-    table[:, 3] = torch.minimum(table[:, 3] - column, wide[copy])
-    return table, others
+    table[:, 2] = (table[:, 2] - row).clip(max=high[copy])
+    table[:, 3] = (table[:, 3] - column).clip(max=wide[copy])
+    return torch.from_numpy(table), others
 
 
 def _copy_tiles(table: torch.Tensor, tiles: int, blocks: int) -> None:
@@ -728,7 +730,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
             pieces = {held[name] for held in readable if name in held}
             if pieces == {((0,) * len(shape), shape)}:  # a replica's: a fast way, since a connection waits
                 continue
-            parts = [Slice.at(start, size, shape) for start, size in pieces if math.prod(size)]
+            parts = tuple(Slice.at(start, size, shape) for start, size in sorted(pieces) if math.prod(size))
             if (count := covered_once(parts, shape)) is None:
                 wrong.append(f"overlapping, or outside of it: pieces of {name} ({reader})")
             elif count != math.prod(shape):
@@ -934,7 +936,8 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
         needed = t.as_loaded.numel() - t.padding
         if t.is_buffer and not t.loads:
             continue
-        count = covered_once([w.target for w in t.loads], t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
+        written = tuple(w.target for w in t.loads)
+        count = covered_once(written, t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
         if count is None:
             refused.append(f"vLLM's loaders do not write each element of {name} exactly once")
         elif count not in (needed, needed + t.padding):
@@ -1172,7 +1175,8 @@ class Slice:
         return self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) + 1
 
 
-def covered_once(slices: list[Slice], shape: Sequence[int]) -> int | None:
+@functools.lru_cache  # layers are alike, and a connection waits
+def covered_once(slices: tuple[Slice, ...], shape: tuple[int, ...]) -> int | None:
     """How many elements of a tensor its slices cover, each exactly once; None if that cannot be said.
 
     Exact, and without a mark per element: the slices' edges cut the tensor into cells, which are covered as a whole.
@@ -1180,7 +1184,7 @@ def covered_once(slices: list[Slice], shape: Sequence[int]) -> int | None:
     boxes = [s.box(shape) for s in slices]
     if None in boxes:
         return None
-    if len(boxes) == 1:  # most parameters: a fast way, since a connection waits
+    if len(boxes) == 1:  # most parameters
         return slices[0].numel()
     edges = [sorted({e for b in boxes for e in b[d]}) for d in range(len(shape))]
     places = [{edge: i for i, edge in enumerate(e)} for e in edges]

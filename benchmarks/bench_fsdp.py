@@ -42,7 +42,7 @@ def our_step(model, device, args):
 
     held = Shard(model, args.num_gpus, device)
     options = {"tokens_per_micro_batch": args.micro_batch_size * (PROMPT_TOKENS + args.tokens)}
-    options |= {"gradient_checkpointing": args.gradient_checkpointing, "offload": False}
+    options |= {"gradient_checkpointing": args.gradient_checkpointing, "offload": args.offload_optimizer}
     learner = Learner(model, held=held, learning_rate=1e-5, epsilon=0.2, kl_coef=0.0, **options)
     return lambda samples, total: learner.step(samples, total)["grad_norm"]
 
@@ -150,6 +150,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a completion")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="sequences at a time")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--offload-optimizer", action="store_true", help="ours: moments are on the host between steps")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True, help="JSON; rows are added to those already in it")
     for name in ("--side", "--shape"):
@@ -170,12 +172,13 @@ def main() -> int:
     report["commands"].append(command_line("benchmarks/bench_fsdp.py", sys.argv[1:]))
     failed = False
     for text in args.shapes:
-        for side in SIDES:
+        for side in args.sides:
             row = play(args, side, SHAPES.get(text) or json.loads(text))
             failed = failed or "failed" in row
             case = {"side": side, "model": text, "gpus": args.num_gpus, "sequences": args.sequences}
             case |= {"tokens": args.tokens, "micro_batch_size": args.micro_batch_size}
-            report["rows"].append(case | {"checkpointing": args.gradient_checkpointing} | row)
+            case |= {"checkpointing": args.gradient_checkpointing, "offload": args.offload_optimizer}
+            report["rows"].append(case | row)
             print(json.dumps(report["rows"][-1]), flush=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")
     return int(failed)

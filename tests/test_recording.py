@@ -327,12 +327,12 @@ def test_coverage_is_exact():
 
     upper = part((0, 2), (0, 6))
     lower = part((2, 4), (0, 6))
-    assert covered_once([upper, lower], (4, 6)) == 24
-    assert covered_once([upper], (4, 6)) == 12
-    assert covered_once([upper, part((1, 3), (0, 6))], (4, 6)) is None
-    assert covered_once([part((0, 4), (0, 3)), part((0, 4), (3, 6))], (4, 6)) == 24
-    assert covered_once([Slice((3, 3), (1, 1), 0)], (4, 6)) is None, "no box"
-    assert covered_once([], (4, 6)) == 0
+    assert covered_once((upper, lower), (4, 6)) == 24
+    assert covered_once((upper,), (4, 6)) == 12
+    assert covered_once((upper, part((1, 3), (0, 6))), (4, 6)) is None
+    assert covered_once((part((0, 4), (0, 3)), part((0, 4), (3, 6))), (4, 6)) == 24
+    assert covered_once((Slice((3, 3), (1, 1), 0),), (4, 6)) is None, "no box"
+    assert covered_once((), (4, 6)) == 0
 
 
 def test_an_engine_whose_workers_share_out_layers_or_experts_is_refused():
