@@ -265,7 +265,9 @@ class MyLLM:
 
     def shutdown(self) -> None:
         with contextlib.suppress(AttributeError):  # never started
-            self.llm.llm_engine.engine_core.shutdown()
+            engine = self.llm.llm_engine
+            engine.model_executor._monitor_thread = None  # it looks up every 5 s only, and would be waited for
+            engine.engine_core.shutdown()
 
 
 def sample_of(output, done) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -484,7 +485,10 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
+        gc.disable()  # it would search all that is imported here again and again, and for a second more at the end
         model = check_model(config, rehearsal, scratch)
+        gc.freeze()
+        gc.enable()
         check_resume(config, model.parameters)
         notes = [never_run(report.data["versions"]), hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":
