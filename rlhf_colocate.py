@@ -266,7 +266,8 @@ class MyLLM:
     def shutdown(self) -> None:
         with contextlib.suppress(AttributeError):  # never started
             engine = self.llm.llm_engine
-            engine.model_executor._monitor_thread = None  # it looks up every 5 s only, and would be waited for
+            if executor := getattr(engine, "model_executor", None):
+                executor._monitor_thread = None  # vLLM would wait for it, and it looks every 5 s whether it may end
             engine.engine_core.shutdown()
 
 

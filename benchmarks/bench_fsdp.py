@@ -177,7 +177,8 @@ def main() -> int:
             failed = failed or "failed" in row
             case = {"side": side, "model": text, "gpus": args.num_gpus, "sequences": args.sequences}
             case |= {"tokens": args.tokens, "micro_batch_size": args.micro_batch_size}
-            case |= {"checkpointing": args.gradient_checkpointing, "offload": args.offload_optimizer}
+            offload = args.offload_optimizer and side == "ours"
+            case |= {"checkpointing": args.gradient_checkpointing, "offload": offload}
             report["rows"].append(case | row)
             print(json.dumps(report["rows"][-1]), flush=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")

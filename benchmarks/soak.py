@@ -40,7 +40,9 @@ T_975 = 2.306  # t-distribution, 8 degrees of freedom
 
 
 class Sampled(rc.Colocation):
-    """A layout that samples what its processes hold, after each push and when told."""
+    """A layout that samples what its processes hold, after each push and when told: as often as `begin` says."""
+
+    taken = count = 0
 
     def begin(self, count: int) -> None:
         """Forget the samples, and make room for this many: what keeps them must not grow."""
@@ -76,6 +78,8 @@ class Sampled(rc.Colocation):
         return total
 
     def sample(self) -> None:
+        if self.taken == self.count:
+            return
         for name, number in self.held().items():
             self.samples.setdefault(name, array.array("d", [0.0]) * self.count)[self.taken] = number
         self.taken += 1

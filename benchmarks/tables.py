@@ -225,7 +225,7 @@ def sharded_steps() -> str:
             size += ", checkpointed" if row["checkpointing"] else ""
             size += ", moments on the host" if row["offload"] else ""
             side = {"ours": "ours", "bare": "bare FSDP2"}[row["side"]]
-            cells = ["does not fit", "–", "–"]
+            cells = ["does not fit" if "out of memory" in row.get("failed", "") else "FAILED", "–", "–"]
             if "failed" not in row:
                 cells = [f"{row['step_s_mean']:.2f} s", f"{row['flop_share']:.1%}", f"{row['peak_gib']:.1f}"]
             rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, side, *cells])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,7 @@ import os
 import re
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -508,6 +510,22 @@ def first_line(error: object) -> str:
     return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """For what imports much: of 8 s that transformers takes on a slow core, 2 are Python's search for garbage.
+
+    What is there by its end is never searched again, not when the process ends either, which takes a second more.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
 def load_model(
     folder: str, load_format: str, dtype: str, seed: int, device: torch.device, on_host: bool = False
 ) -> torch.nn.Module:
@@ -518,9 +536,11 @@ def load_model(
     exactly the model's: transformers fills what is missing with random numbers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from colocate.attention import attention_for
+    with without_collector():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from colocate.attention import attention_for
 
     config = AutoConfig.from_pretrained(folder)
     options = {"dtype": getattr(torch, dtype)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -27,7 +26,7 @@ from colocate import trackers, trainer_state
 from colocate.cluster import address_of, available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_engine_args, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
-from colocate.model_folder import Model, check_model, folder_digest
+from colocate.model_folder import Model, check_model, folder_digest, without_collector
 from colocate.tasks import check_task
 
 if TYPE_CHECKING:
@@ -485,10 +484,8 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
-        gc.disable()  # it would search all that is imported here again and again, and for a second more at the end
-        model = check_model(config, rehearsal, scratch)
-        gc.freeze()
-        gc.enable()
+        with without_collector():
+            model = check_model(config, rehearsal, scratch)
         check_resume(config, model.parameters)
         notes = [never_run(report.data["versions"]), hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":

@@ -71,16 +71,16 @@ sys.exit(rc.main(layout=Keeps))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path, Path]:
-    """A run of thirteen steps: (their rows, the checkpoint after the twelfth, the one after the last)."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Path]]:
+    """A run of thirteen steps, and what it has written: "half" is the checkpoint after the twelfth."""
     folder = tmp_path_factory.mktemp("undisturbed")
     keeps = folder / "keeps.py"
     keeps.write_text(KEEPS)
-    half = folder / "half"
-    whole = folder / "whole"
-    checkpoints = ["--checkpoint", str(whole), "--checkpoint-every", "12"]
-    steps = Run(folder, *LONG, *shape(folder, **TINY), *checkpoints, script=keeps).passed()["steps"]
-    return steps, half, whole
+    names = {"checkpoint": "whole", "metrics": "metrics.jsonl", "plot": "plot.png", "trace": "trace.json"}
+    files = {flag: folder / name for flag, name in names.items()}
+    flags = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
+    run = Run(folder, *LONG, *shape(folder, **TINY), *flags, "--checkpoint-every", "12", script=keeps)
+    return run, files | {"half": folder / "half"}
 
 
 @pytest.fixture(scope="session")

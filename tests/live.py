@@ -19,7 +19,7 @@ from unittest import mock
 from running import ROOT, TINY, deadline, require_nothing_left, shape
 
 import rlhf_colocate as rc
-from benchmarks import drills
+from benchmarks import drills, push_peers, soak
 from benchmarks.traces import Traces
 from colocate import checks, cluster, memory
 from colocate.config import Stop
@@ -30,9 +30,10 @@ LAYOUT = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--dtype", "float32"
 LAYOUT += ["--prompts-per-step", "4", "--group-size", "4", "--kl-coef", "0.1", "--offload-optimizer"]
 
 
-class Shared(drills.Drilled):
+class Shared(drills.Drilled, soak.Sampled, push_peers.PeerColocation):
     """What a run of the script leaves when it has passed, with its engine awake, before it closes."""
 
+    engine_class = rc.MyLLM
     stale_after: int | None = None  # a step, after whose push the trainers go on from other weights
 
     def run(self, task: rc.Task) -> None:
@@ -115,7 +116,7 @@ ending = contextlib.ExitStack()
 
 def _start(arguments: list[str]) -> dict:
     global layout
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (ROOT / "tests", ROOT / "benchmarks", ROOT))
     config = rc.Config.from_args(arguments)
     report = Report(config, arguments)
     folder = ending.enter_context(cluster.temporary_folder())

@@ -20,7 +20,8 @@ from colocate.config import PASS
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 # Thirteen steps with two trainers and one engine: the drills' longest run, and what it must come to.
-LONG = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", "64"]
+TOKENS = 24
+LONG = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", str(TOKENS)]
 LONG += ["--check-replicas-every", "1", "--steps", "13"]
 
 WORK = "import torch; a = torch.ones(768, 768); [a @ a for _ in range(40)]"

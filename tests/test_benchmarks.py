@@ -1,4 +1,7 @@
-"""The benchmarks and the soak, on a tiny shape: that they run, compare and count. Times mean nothing here."""
+"""The benchmarks and the soak, on a tiny shape: that they run, compare and count. Times mean nothing here.
+
+The push's and the soak run in the shared layout (live.py), so their command lines, and what is vLLM's for CUDA, do not.
+"""
 
 import json
 import subprocess
@@ -6,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, TINY, deadline, shape
+from live import Shared
+from running import ROOT, deadline
+
+from benchmarks import soak
 
 pytestmark = pytest.mark.e2e
 
@@ -19,15 +25,25 @@ def report(tmp_path: Path, script: str, *options: str) -> dict:
     return json.loads(output.read_text())
 
 
-def test_push_benchmark(tmp_path):
-    found = report(tmp_path, "bench_weight_push.py", "--pushes", "2", "--warmup", "1", "--soak", "20")
-    rows = {row["method"]: row for row in found["rows"]}
+def time_pushes(layout: Shared) -> tuple[list[dict], dict]:
+    from benchmarks import bench_weight_push  # not above: it sets variables for Ray's processes
+
+    rows = bench_weight_push.bench(layout, pushes=2, warmup=1, only=[*bench_weight_push.METHODS])
+    soaked = bench_weight_push.soak(layout, 20)
+    layout.disconnect(layout.engines)
+    layout.restart_trainers()  # they have left their process group
+    return rows, soaked
+
+
+def test_push_benchmark(live):
+    rows, soaked = live(time_pushes)
+    rows = {row["method"]: row for row in rows}
     assert {"simple", "recorded", "bucket"} <= rows.keys()
     for row in rows.values():
         assert row["verified"] and row["elements_verified"] > 0
         assert row["wall_ms_p95"] >= row["wall_ms_p50"] > 0
     assert rows["recorded"]["noop_push_ms"] > 0
-    assert rows["recorded"]["shard_bytes"] > 0 and rows["recorded"]["soak_pushes"] == 20
+    assert rows["recorded"]["shard_bytes"] > 0 and soaked["soak_pushes"] == 20
 
 
 def test_benchmark_of_sharded_trainers(tmp_path):
@@ -49,11 +65,14 @@ def test_control_benchmark(tmp_path):
     assert {fit["y"] for fit in found["fits"]} >= {"placement_s", "ask_ms", "beyond_ray_ms", "watch_ms", "recovery_s"}
 
 
-def test_nothing_is_used_up(tmp_path):
+def use(layout: Shared, pushes: int, steps: int) -> dict[str, dict]:
+    layout.change(steps=steps, max_restarts=0)
+    return soak.soak(layout, layout.task, pushes)
+
+
+def test_nothing_is_used_up(live):
     """Not memory: its slope over so few pushes is noise. results/soak-*.json have the long runs."""
-    model = [*shape(tmp_path, **TINY), "--dtype", "float32"]
-    counts = ["--pushes", "200", "--loop-steps", "10", "--num-gpus", "2"]
-    found = report(tmp_path, "soak.py", *counts, *model, "--max-tokens", "8")
+    found = live(use, 200, 10)
     for kind, count in (("calls", 200), ("pushes", 200), ("steps", 10)):
         assert found[kind]["count"] == count
         slopes = {k: s for k, s in found[kind]["slopes"].items() if "resident" not in k}
