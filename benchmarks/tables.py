@@ -225,8 +225,9 @@ def sharded_steps() -> str:
             size += ", checkpointed" if row["checkpointing"] else ""
             size += ", moments on the host" if row["offload"] else ""
             side = {"ours": "ours", "bare": "bare FSDP2"}[row["side"]]
-            cells = ["does not fit" if "out of memory" in row.get("failed", "") else "FAILED", "–", "–"]
-            if "failed" not in row:
+            if "failed" in row:
+                cells = ["does not fit" if "out of memory" in row["failed"] else "FAILED", "–", "–"]
+            else:
                 cells = [f"{row['step_s_mean']:.2f} s", f"{row['flop_share']:.1%}", f"{row['peak_gib']:.1f}"]
             rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, side, *cells])
     header = ["hardware", "shape", "sequences × tokens", "side", "step", "of the GPUs' peak FLOP/s", "peak GiB"]

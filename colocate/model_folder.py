@@ -76,6 +76,23 @@ class Model:
         return sorted({f for pattern in BESIDE for f in self.folder.glob(pattern) if f.is_file()})
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """For what imports much: of 8 s that transformers takes on a slow core, 2 are Python's search for garbage.
+
+    What is there by its end is never searched again, not when the process ends either, which takes a second more.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
+@without_collector()
 def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
     """Find the model, and read all that can be known without its tensors.
 
@@ -508,22 +525,6 @@ def first_line(error: object) -> str:
     """Of a message of another package, at most 200 characters; the type where there is no message."""
     lines = str(error).strip().splitlines()
     return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
-
-
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """For what imports much: of 8 s that transformers takes on a slow core, 2 are Python's search for garbage.
-
-    What is there by its end is never searched again, not when the process ends either, which takes a second more.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 def load_model(

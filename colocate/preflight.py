@@ -26,7 +26,7 @@ from colocate import trackers, trainer_state
 from colocate.cluster import address_of, available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_engine_args, check_layout, check_loop, refuse_unless
 from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
-from colocate.model_folder import Model, check_model, folder_digest, without_collector
+from colocate.model_folder import Model, check_model, folder_digest
 from colocate.tasks import check_task
 
 if TYPE_CHECKING:
@@ -484,8 +484,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         check_engine_args(config, known_engine_args())
         gpus = [] if rehearsal else find_gpus()
         report.data["hardware"] = check_hardware(config, gpus, rehearsal)
-        with without_collector():
-            model = check_model(config, rehearsal, scratch)
+        model = check_model(config, rehearsal, scratch)
         check_resume(config, model.parameters)
         notes = [never_run(report.data["versions"]), hide_what_cuda_ignores(gpus), *model.notes]
         if config.dtype == "auto":

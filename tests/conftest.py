@@ -80,6 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str
     files = {flag: folder / name for flag, name in names.items()}
     flags = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
     run = Run(folder, *LONG, *shape(folder, **TINY), *flags, "--checkpoint-every", "12", script=keeps)
+    run.passed()
     return run, files | {"half": folder / "half"}
 
 

@@ -40,15 +40,8 @@ def play(tmp_path, names: list[str], *options: str) -> dict[str, dict]:
     """{drill: its row} of one run, all of whose drills must have gone well."""
     output = tmp_path / "drills.json"
     command = [sys.executable, str(ROOT / "benchmarks/drills.py"), *names, "--output", str(output)]
-    command += [
-        *shape(tmp_path, **TINY),
-        "--dtype",
-        "float32",
-        "--max-tokens",
-        str(TOKENS),
-        "--patience",
-        f"{patience():.2f}",
-    ]
+    command += [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", str(TOKENS)]
+    command += ["--patience", f"{patience():.2f}"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=deadline(900))
     rows = {row["drill"]: row for row in json.loads(output.read_text())["rows"]}
     assert list(rows) == names and done.returncode == 0, done.stdout[-6000:] + done.stderr
@@ -71,7 +64,7 @@ def test_a_run_that_survives_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     assert set(LONG[:4]) <= set(FLAGS["survive"]) and LONG[-1] in FLAGS["survive"]
     metrics = tmp_path / "metrics.jsonl"
     rows = play(tmp_path, SURVIVED, "--metrics", str(metrics))
-    expected = undisturbed[0].passed()["steps"]
+    expected = undisturbed[0].report["steps"]
     assert {row["weights"] for row in rows.values()} == {expected[-1]["weights"]}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert sum("lost" in line for line in lines) == sum(bool(row["recovered_s"]) for row in rows.values())

@@ -19,7 +19,7 @@ def test_the_reward_rises(undisturbed):
     test_sharding.py and test_nodes.py.)
     """
     run, files = undisturbed
-    rows = run.passed()["steps"]
+    rows = run.report["steps"]
     assert [json.loads(line) for line in files["metrics"].read_text().splitlines()] == rows
     assert [r["step"] for r in rows] == list(range(1, 14))
     assert [r["version"] for r in rows] == list(range(3, 16)), "1 was the proof's, 2 took its noise back"
@@ -31,7 +31,7 @@ def test_the_reward_rises(undisturbed):
         stages = {"rollout", "sleep", "reward", "train", "wake", "push", "wake KV"}
         assert row["seconds"].keys() - {"verify", "checkpoint"} == stages
     assert len({r["weights"] for r in rows}) == 13, "steps change the weights"
-    assert "attention, packed sequences" in run.stdout
+    assert run.stdout.count("[train] ") == 3 and "attention, packed sequences" in run.stdout
     assert run.stdout.count("[step]") == 14 and "tokens/s" in run.stdout
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
     events = json.loads(files["trace"].read_text())["traceEvents"]
@@ -47,7 +47,7 @@ def test_resume_goes_on_bitwise(tmp_path, undisturbed):
     run, files = undisturbed
     (thirteenth,) = Run(tmp_path, *LONG, "--steps", "1", "--resume", str(files["half"])).passed()["steps"]
     same = ("step", "reward", "loss", "logprob_gap", "grad_norm", "weights", "best")
-    assert {k: thirteenth[k] for k in same} == {k: run.passed()["steps"][-1][k] for k in same}
+    assert {k: thirteenth[k] for k in same} == {k: run.report["steps"][-1][k] for k in same}
 
 
 def test_the_checkpoint_is_an_ordinary_one(undisturbed):
