@@ -43,6 +43,7 @@ def our_step(model, device, args):
     held = Shard(model, args.num_gpus, device)
     options = {"tokens_per_micro_batch": args.micro_batch_size * (PROMPT_TOKENS + args.tokens)}
     options |= {"gradient_checkpointing": args.gradient_checkpointing, "offload": args.offload_optimizer}
+    options |= {"compile": args.compile}
     learner = Learner(model, held=held, learning_rate=1e-5, epsilon=0.2, kl_coef=0.0, **options)
     return lambda samples, total: learner.step(samples, total)["grad_norm"]
 
@@ -59,6 +60,8 @@ def bare_step(model, device, args):
         for p in module.parameters():
             if p.dtype != torch.float32:
                 p.data = p.data.float()
+        if args.compile and module is not model:
+            module.compile()
         fully_shard(module, mp_policy=policy)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -96,7 +99,7 @@ def run_side(args) -> None:
     backend = "nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(backend, address, rank=rank, world_size=args.num_gpus)
     shape = json.loads(args.shape)
-    model = make_model(shape, device, torch.bfloat16 if on_gpu else torch.float32, "chosen")
+    model = make_model(shape, device, torch.bfloat16 if on_gpu else torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     step = (our_step if args.side == "ours" else bare_step)(model, device, args)
     own = args.sequences // args.num_gpus
@@ -150,6 +153,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a completion")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="sequences at a time")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="layers by torch.compile, on both sides")
     parser.add_argument("--offload-optimizer", action="store_true", help="ours: moments are on the host between steps")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--steps", type=int, default=5)
@@ -178,7 +182,7 @@ def main() -> int:
             case = {"side": side, "model": text, "gpus": args.num_gpus, "sequences": args.sequences}
             case |= {"tokens": args.tokens, "micro_batch_size": args.micro_batch_size}
             offload = args.offload_optimizer and side == "ours"
-            case |= {"checkpointing": args.gradient_checkpointing, "offload": offload}
+            case |= {"checkpointing": args.gradient_checkpointing, "compile": args.compile, "offload": offload}
             report["rows"].append(case | row)
             print(json.dumps(report["rows"][-1]), flush=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")

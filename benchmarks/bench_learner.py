@@ -1,22 +1,19 @@
-"""Time `Learner.step` alone, on one GPU, beside an earlier version of it.
+"""Time `Learner.step` alone, on one GPU, with layers as they are and compiled.
 
-    git show 8a1a2f4:rlhf_grpo.py > /tmp/rlhf_grpo.py
-    python benchmarks/bench_learner.py --before /tmp/rlhf_grpo.py --output results/learner-1xh100.json
+    python benchmarks/bench_learner.py --output results/learner-1xh100.json
 
-Random weights of published shapes, random tokens, new lengths at each step where they are uneven. Each side runs in a
-process of its own, since the later one turns cuDNN's attention off. Two steps of each case are not counted. peak_gib is
-what torch has taken from the GPU at most, flop_share is 6 x parameters x tokens per second over the GPU's peak.
+Random weights of published shapes, random tokens, new lengths at each step where they are uneven. Two steps of each
+case are not counted. peak_gib is what torch has taken from the GPU at most, flop_share is 6 x parameters x tokens per
+second over the GPU's peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,16 +24,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from shapes import SHAPES  # noqa: E402
 from tables import PEAK_FLOPS  # noqa: E402
 
+from colocate.report import command_line  # noqa: E402
+
 PROMPT_TOKENS = 16
 WARM_UP = 2
-# (model, sequences, completion tokens at most, lengths, counted steps, options of the later Learner)
+COMPILED = {"compile": True}
+# (model, sequences, completion tokens at most, lengths, counted steps, options of Learner)
 CASES = [
     ("Qwen2.5-0.5B", 64, 256, "full", 12, {}),
     ("Qwen2.5-0.5B", 64, 256, "uneven", 12, {}),
-    ("Qwen2.5-0.5B", 64, 256, "full", 6, {"gradient_checkpointing": True}),
-    ("Qwen2.5-0.5B", 8, 4096, "full", 3, {}),
-    ("Qwen2.5-1.5B", 64, 256, "full", 4, {}),
+    ("Qwen2.5-0.5B", 64, 256, "full", 12, COMPILED),
+    ("Qwen2.5-0.5B", 64, 256, "uneven", 12, COMPILED),
+    ("Qwen2.5-0.5B", 64, 256, "full", 6, COMPILED | {"gradient_checkpointing": True}),
+    ("Qwen2.5-0.5B", 8, 4096, "full", 3, COMPILED),
+    ("Qwen2.5-1.5B", 64, 256, "full", 4, COMPILED),
     ("Qwen2.5-3B", 64, 256, "full", 4, {}),
+    ("Qwen2.5-3B", 64, 256, "full", 4, COMPILED),
 ]
 
 
@@ -60,46 +63,38 @@ def make_samples(
     return found
 
 
-def make_model(shape: dict, device, dtype, attention: str | None):
+def make_model(shape: dict, device, dtype):
     """A transformers model of a shape of SHAPES with seeded random weights; on the device, which is quick at that."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from colocate.attention import attention_for
+
     shape = dict(shape)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    options = {"dtype": dtype}
-    if attention == "chosen":
-        from colocate.attention import attention_for
-
-        options["attn_implementation"] = attention_for(config, device, dtype)
+    attention = attention_for(config, device, dtype)
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(config, **options).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
-def run_case(case: tuple, before: str | None) -> dict:
+def run_case(name: str, sequences: int, tokens: int, lengths: str, steps: int, extra: dict) -> dict:
     """Time one case. Returns its row; on a lack of GPU memory it says so in place of times."""
     import torch
 
-    name, sequences, tokens, lengths, steps, extra = case
+    from colocate.learner import Learner
+
     device = torch.device("cuda")
     options = {"learning_rate": 1e-5, "epsilon": 0.2, "kl_coef": 0.0, "offload": False} | extra
-    if before:
-        spec = importlib.util.spec_from_file_location("before", before)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        options["micro_batch_size"] = 8
-    else:
-        from colocate import learner as module
-    model = make_model(SHAPES[name], device, torch.bfloat16, None if before else "chosen")
+    model = make_model(SHAPES[name], device, torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(1)
     seconds = []
     counts = []
-    row = {"side": "before" if before else "after", "model": name, "sequences": sequences, "completion_tokens": tokens}
-    row |= {"lengths": lengths, "options": extra, "steps": steps}
+    row = {"model": name, "sequences": sequences, "completion_tokens": tokens, "lengths": lengths}
+    row |= {"options": extra, "steps": steps}
     try:
-        learner = module.Learner(model, **options)
+        learner = Learner(model, **options)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(WARM_UP + steps):
             samples = make_samples(sequences, tokens, lengths, generator)
@@ -118,49 +113,31 @@ def run_case(case: tuple, before: str | None) -> dict:
     row |= {"step_s_mean": mean, "step_s_p50": statistics.median(counted), "step_s_max": max(counted)}
     row |= {"first_step_s": seconds[0], "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
     row |= {"tokens_per_s": computed / mean, "flop_share": 6 * parameters * computed / mean / PEAK_FLOPS}
-    if not before:
-        row |= {"attention": model.config._attn_implementation, "route": str(learner.route)}
-        row |= {"tokens_per_micro_batch": learner.tokens_per_micro_batch}
+    row |= {"attention": model.config._attn_implementation, "route": str(learner.route)}
+    row |= {"tokens_per_micro_batch": learner.tokens_per_micro_batch}
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def run_side(before: str | None, only: str) -> None:
-    """One line of JSON for each case."""
-    import torch
-
-    for case in CASES:
-        if only in case[0] and not (before and case[-1]):
-            print(json.dumps(run_case(case, before)), flush=True)
-            torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", help="file of the earlier Learner")
     parser.add_argument("--output", help="write rows, hardware, versions, command and date to this file")
     parser.add_argument("--only", default="", help="only models whose name holds this")
-    parser.add_argument("--side", choices=("before", "after"), help="(used by the script itself)")
     args = parser.parse_args()
-    if args.side:
-        return run_side(args.before if args.side == "before" else None, args.only)
-    rows = []
-    for side in ("before", "after") if args.before else ("after",):
-        command = [sys.executable, __file__, "--side", side, "--only", args.only]
-        command += ["--before", args.before] if args.before else []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                rows.append(json.loads(line))
-        if process.returncode:
-            sys.exit(f"the {side} side ended with exit code {process.returncode}")
-    if args.output:
-        import torch
-        import transformers
+    import torch
+    import transformers
 
+    rows = []
+    for case in CASES:
+        if args.only in case[0]:
+            rows.append(run_case(*case))
+            print(json.dumps(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+    if args.output:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__
         report = {"hardware": f"1 x {torch.cuda.get_device_name()}", "versions": versions}
-        report |= {"date": datetime.date.today().isoformat(), "command": f"python {' '.join(sys.argv)}", "rows": rows}
+        command = command_line("benchmarks/bench_learner.py", sys.argv[1:])
+        report |= {"date": datetime.date.today().isoformat(), "command": command, "rows": rows}
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -223,6 +223,7 @@ def sharded_steps() -> str:
         for row in r["rows"]:
             size = f"{row['sequences']} × {row['tokens']}, {row['micro_batch_size']} at a time"
             size += ", checkpointed" if row["checkpointing"] else ""
+            size += ", compiled" if row.get("compile") else ""
             size += ", moments on the host" if row["offload"] else ""
             side = {"ours": "ours", "bare": "bare FSDP2"}[row["side"]]
             if "failed" in row:
@@ -232,6 +233,24 @@ def sharded_steps() -> str:
             rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, side, *cells])
     header = ["hardware", "shape", "sequences × tokens", "side", "step", "of the GPUs' peak FLOP/s", "peak GiB"]
     return table(header, rows)
+
+
+def steps_alone() -> str:
+    """A trainer's step without an engine (bench_learner.py)."""
+    rows = []
+    for name, r in load("learner-*.json").items():
+        for row in r["rows"]:
+            size = f"{row['sequences']} × {row['completion_tokens']}, {row['lengths']}"
+            size += ", checkpointed" if row["options"].get("gradient_checkpointing") else ""
+            compiled = "compiled" if row["options"].get("compile") else "as they are"
+            rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, compiled])
+            if "failed" in row:
+                rows[-1] += [row["failed"], *"–––––"]
+                continue
+            times = [f"{row[key]:.2f} s" for key in ("step_s_mean", "step_s_max", "first_step_s")]
+            rows[-1] += [*times, f"{row['tokens_per_s']:,.0f}", f"{row['flop_share']:.0%}", f"{row['peak_gib']:.1f}"]
+    header = ["hardware", "shape", "completions × tokens", "layers", "step, mean", "longest", "first"]
+    return table([*header, "tokens/s", "of the GPU's peak FLOP/s", "peak GiB"], rows)
 
 
 def renamed(text: str) -> str:

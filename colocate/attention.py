@@ -20,6 +20,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 except ImportError:
     varlen_attn = None
+# torch 2.12 and newer want grouped queries said, older ones just do them.
+TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 VARLEN = "colocate_varlen"  # under this name transformers knows `varlen_attention`
 
@@ -95,8 +97,8 @@ def flash_attention(
 ) -> torch.Tensor:
     """(T, H, D): causal attention within each sequence; ends_S: int32, 0 and then the end of each sequence."""
     options = {}
-    if query_THD.shape[1] != key_TKD.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True  # torch 2.12 and newer want it said, older ones just do it
+    if TAKES_GROUPS and query_THD.shape[1] != key_TKD.shape[1]:
+        options["enable_gqa"] = True
     reach = window - 1 if window else -1  # transformers counts a token itself into its window
     sizes = (ends_S, ends_S, longest, longest)
     return varlen_attn(query_THD, key_TKD, value_TKD, *sizes, scale=scale, window_size=(reach, 0), **options)

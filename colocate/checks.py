@@ -62,12 +62,17 @@ def perturb(trainer, *, version: int) -> None:
 def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:
     """Log-probability, in nats, of each token but the first given those before it, by the trainer's own model.
 
-    Of all trainers at once: those that hold shards gather the layers for it. They compute with what engines read.
+    Of all trainers at once: those that hold shards gather the layers for it. They compute with what engines read, and
+    with the model's own code, which `compile_layers` may have replaced.
     """
     import torch
 
     result = []
-    with torch.no_grad(), trainer.held.computing_as_engines():
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        trainer.held.computing_as_engines(),
+    ):
         for token_ids in sequences:
             ids_T = torch.tensor(token_ids, device=trainer.device)
             logprobs_TV = trainer.model(ids_T[None]).logits[0].float().log_softmax(-1)

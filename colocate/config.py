@@ -231,6 +231,10 @@ class Config:
     gradient_checkpointing: bool = flag(
         False, "keep only the inputs of layers for the backward pass: a third more arithmetic, much less memory"
     )
+    compile: bool = flag(
+        True,
+        "on GPUs, let torch fuse the small kernels of replicated trainers, which takes 7 to 14 s in a first step",
+    )
     sleep_level: int | str = flag(
         "auto",
         "what engines give up while training, on GPUs: 2 weights and KV cache, 1 weights to the host, 0 nothing; "
@@ -346,6 +350,7 @@ class Config:
         names += ["epsilon", "epsilon_high", "temperature", "kl_coef", "correction", "correction_cap"]
         names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
         options = {name: getattr(self, name) for name in names}
+        options["compile"] = self.compile and self.trainer != "fsdp"  # shards: not tried on GPUs yet
         return options | {"offload": self.offload_optimizer, "scheduled_steps": self.scheduled_steps or self.steps}
 
     def saves_after(self, step: int, last: int) -> bool:

@@ -23,8 +23,11 @@ from colocate.logprobs import (
     CHUNK_BYTES,
     checkpoint_layers,
     chunk_tokens,
+    compile_layers,
     find_route,
+    layers_of,
     logprobs_of,
+    naming_compile_errors,
     states,
     token_logprobs,
 )
@@ -33,8 +36,10 @@ from colocate.sharding import Whole
 # Makes a trainer of shards that has no more samples go along with the others: its gradient is 0.
 DUMMY = {"prompt": [0], "tokens": [0], "logprobs": [0.0], "advantage": 0.0}
 # Tokens of a micro-batch on a GPU, at most. One step of Qwen2.5-0.5B's shape with 64 x 272 tokens on an H100, with
-# micro-batches of 4,400, 6,000, 9,000 and 18,000 tokens: 0.51, 0.45, 0.34 and 0.37 s; 15.3, 17.5, 21.0 and 32.3 GiB.
-ENOUGH_TOKENS = 9000
+# micro-batches of 4,400, 6,000, 9,000 and 18,000 tokens: 0.51, 0.45, 0.34 and 0.37 s; 15.3, 17.5, 21.0 and 32.3 GiB,
+# before layers were compiled. Few tokens should be one micro-batch, as they wait for the host rather than for the GPU:
+# 64 uneven completions of up to 256 tokens, 9,600 with their prompts, take 0.24 s so, and took 0.35 s as two.
+ENOUGH_TOKENS = 12_000
 CHECKPOINTED_TOKENS = 36_000  # with gradient checkpointing, where a token takes a small part of that memory
 MASKED_TOKENS = 2048  # where attention takes a mask, whose cost grows with the square of the tokens
 CPU_TOKENS = 1024
@@ -97,6 +102,7 @@ class Learner:
         tokens_per_micro_batch: int | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         epsilon_high: float | None = None,
         temperature: float = 1.0,
         num_iterations: int = 1,
@@ -116,8 +122,11 @@ class Learner:
         same samples. correction: see `grpo.correct_sample`. lr_scheduler, ...: see `learning_rate_factor`.
 
         tokens_per_micro_batch: prompts' and completions', at most; None: see `_fitting_tokens`. micro_batch_size:
-        sequences, at most; None for no bound. Raises ValueError if the model's attention is not its own (see
-        `logprobs.find_route`), or if it has no gradient checkpointing and that is asked for.
+        sequences, at most; None for no bound. compile: see `logprobs.compile_layers`. Only with VARLEN: on an H100 a
+        tiny Gemma 2, whose attention is eager, took 80 s to compile.
+
+        Raises ValueError if the model's attention is not its own (see `logprobs.find_route`), or if it has no gradient
+        checkpointing and that is asked for.
         """
         self.model = model
         self.epsilon = epsilon
@@ -144,6 +153,9 @@ class Learner:
         self.offload = offload and self.device.type == "cuda"
         self.route = find_route(model)
         self.reference = [w.clone() for w in self.weights] if kl_coef else None
+        self.compile = compile and model.config._attn_implementation == VARLEN and bool(layers_of(model))
+        if self.compile:
+            compile_layers(model)
         if gradient_checkpointing:
             checkpoint_layers(model)
         self.masters = self.held.masters()
@@ -158,7 +170,8 @@ class Learner:
         """What was chosen for this model and this GPU."""
         attention = self.model.config._attn_implementation
         size = f"micro-batches of {self.tokens_per_micro_batch or '?'} tokens"
-        return f"{self.held}, {attention} attention, {self.route}, {size}"
+        compiled = ", layers compiled" if self.compile else ""
+        return f"{self.held}, {attention} attention, {self.route}, {size}{compiled}"
 
     def step(self, samples: list[dict], total_tokens: int) -> dict[str, float]:
         """num_iterations optimizer steps on all trainers' samples; these are this one's. total_tokens: of all.
@@ -167,7 +180,7 @@ class Learner:
         "clipped"[, "kl"]}: means over all tokens, the same on every trainer; of the last optimizer step, but of the
         first what tells trainer and sampler apart: "effective" is the effective sample size, (sum r)^2 / sum r^2 with
         the ratio r, as a share of the tokens, and "worst_token" the largest |log r|. Raises ValueError, with the
-        weights untouched, if the gradient is not finite.
+        weights untouched, if the gradient is not finite, or torch cannot compile the layers.
         """
         self.interrupted = self.num_iterations > 1  # by a loss in the middle of them, if it stays so
         first = self._optimize(samples, total_tokens, correct=self.correction != "none")
@@ -185,9 +198,10 @@ class Learner:
         self._reserve_workspace()
         self._bring_masters()
         self.held.begin_step(self.masters, self.device)
-        if correct:
-            self._correct(samples)
-        totals = self._add_gradients(samples, total_tokens)
+        with naming_compile_errors():
+            if correct:
+                self._correct(samples)
+            totals = self._add_gradients(samples, total_tokens)
         self.held.sum_gradients(self.masters)
         worst = totals.pop("worst_token")
         numbers = torch.stack([totals[name] for name in sorted(totals)])
@@ -280,7 +294,7 @@ class Learner:
         """How many tokens a micro-batch may have: what three quarters of the free GPU memory hold of activations, and
         no more than the constants above say; on a CPU CPU_TOKENS.
 
-        A forward pass of one sequence tells what a token takes.
+        A forward pass of one sequence tells what a token takes; of compiled layers it takes less.
         """
         if self.device.type != "cuda":
             return CPU_TOKENS
@@ -290,12 +304,13 @@ class Learner:
         count = min(512, self.model.config.get_text_config().max_position_embeddings)
         sample = {"prompt": [0], "tokens": [0] * (count - 1), "logprobs": [0.0] * (count - 1), "advantage": 0.0}
         batch = collate([sample], self.device, self.route.packed)
-        with torch.no_grad():
-            states(self.model, batch, self.route)  # FSDP leaves embedding and head gathered, which no token takes
-        before = torch.cuda.memory_allocated(self.device)
-        whole_NH = states(self.model, batch, self.route)
-        per_token = (torch.cuda.memory_allocated(self.device) - before) / count
-        del whole_NH
+        with torch.compiler.set_stance("force_eager"):  # layers need not be compiled for so small a batch
+            with torch.no_grad():
+                states(self.model, batch, self.route)  # FSDP leaves embedding and head gathered, which no token takes
+            before = torch.cuda.memory_allocated(self.device)
+            whole_NH = states(self.model, batch, self.route)
+            per_token = (torch.cuda.memory_allocated(self.device) - before) / count
+            del whole_NH
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - before
         if not self.optimizer.state and not self.offload:  # the first step makes the two moments
             free -= 8 * sum(m.numel() for m in self.masters)

@@ -8,8 +8,10 @@ Shapes in names as in `grpo`, and: H elements of a state, V vocabulary, n tokens
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -142,13 +144,37 @@ def logprobs_of(model: torch.nn.Module, batch: Batch, route: Route, temperature:
     return torch.cat([token_logprobs(model, states_nH, ids_n, route, temperature) for states_nH, ids_n in chunks])
 
 
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Those that transformers can checkpoint: they hold nearly all of a model. Some models have none."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Let torch fuse what is between a layer's matrix products, at its first use. Call `checkpoint_layers` afterwards.
+
+    Layers of one kind share their code, which is made for any number of tokens.
+    """
+    for layer in layers_of(model):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+@contextlib.contextmanager
+def naming_compile_errors() -> Iterator[None]:
+    """Say in ValueError what to do about a layer that torch cannot compile."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"torch cannot compile the model's layers ({what}). Try: --no-compile") from error
+
+
 def checkpoint_layers(model: torch.nn.Module) -> None:
     """Keep only the inputs of the model's layers for the backward pass, which computes the rest again.
 
     transformers' own switch works in training mode only, and that turns dropout on. Raises ValueError if the model has
     no layers that are made for it.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Leave --gradient-checkpointing out")
     for layer in layers:
