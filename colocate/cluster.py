@@ -120,7 +120,11 @@ def available_memory_mib() -> float:
 
 # Of trainers: Ray shows each its own GPU alone. Ray's other processes belong to engines, see `environment`.
 TRAINER_ENV = {
-    "env_vars": {"RLHF_COLOCATE_ROLE": "trainer", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"},
+    "env_vars": {
+        "RLHF_COLOCATE_ROLE": "trainer",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes, for a handful of kernels
+    },
 }
 
 
@@ -222,9 +226,17 @@ class Cluster:
             "include_dashboard": False,
             "object_store_memory": 128 * 2**20,  # bytes; only small messages pass through it
             "_temp_dir": str(self.folder),
-            # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40
-            # to 80 bytes per call (20,000 calls of a bare actor; with this they do not).
-            "_system_config": {"preload_python_modules": ["colocate.preload"], "task_events_report_interval_ms": 0},
+            "_system_config": {
+                "preload_python_modules": ["colocate.preload"],
+                # All at once. By itself Ray starts as many at a time as the host has cores; on two of them an engine's
+                # third process would begin when the others are ready, with one core idle. They take longer so, on a
+                # busy host more than Ray's 60 s, after which it starts them anew.
+                "worker_maximum_startup_concurrency": config.num_engines + 2 * config.num_gpus,
+                "worker_register_timeout_seconds": 240,
+                # No record of every call, which only the dashboard and `ray list` read: each process would grow by 40
+                # to 80 bytes per call (20,000 calls of a bare actor; with this they do not).
+                "task_events_report_interval_ms": 0,
+            },
         }
 
     def start(self, env: dict[str, str], deadline: tuple[float, float, str]) -> None:
@@ -337,7 +349,7 @@ class Cluster:
         """Let Ray start processes ahead on each node, up to --spare-processes. Waits for none.
 
         Returns why that cannot be done, or "". They are in Ray's pool: an actor with the same runtime_env gets one that
-        has done its imports. One request starts no more of them than the host has cores. Ray's Python API has no word
+        has done its imports. One request starts no more of them than Ray does at a time. Ray's Python API has no word
         for it, so each raylet is asked over gRPC:
         https://github.com/ray-project/ray/blob/master/src/ray/protobuf/node_manager.proto
         """
