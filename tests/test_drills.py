@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from running import LONG, ROOT, TINY, TOKENS, deadline, patience, shape
+from running import LONG, ROOT, TINY, TOKENS, Run, deadline, patience, shape
 
 from benchmarks.drills import DRILLS, FLAGS
 
 # One of each kind: lost in a push, silent in one, lost in the middle of a step, before its reply, after the last step;
 # what is only refused.
 # benchmarks/drills.py plays all of them, for most of an hour. Some need no run of their own (test_live.py, the negative
-# controls among them), or another layout (test_sharding.py, test_nodes.py).
+# controls among them), or another layout (the last test here, test_nodes.py).
 SURVIVED = ["kill-worker-push", "stop-worker", "kill-trainer-train", "kill-trainer-reply"]
 SURVIVED += ["push-asleep", "torn-push", "kill-worker-last"]
 
@@ -73,3 +73,20 @@ def test_a_run_that_survives_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     for row, undisturbed_row in zip(steps.values(), expected, strict=True):
         for key in ("step", "reward", "loss", "logprob_gap", "grad_norm", "weights", "tokens", "best"):
             assert row[key] == undisturbed_row[key], (row["step"], key)
+
+
+@pytest.mark.e2e
+def test_replicas_of_shards_lose_a_trainer_and_go_on_in_another_layout(tmp_path):
+    """Four trainers in two replicas, and two engines of two ranks; then two trainers, whose shards are gathered."""
+    checkpoint = tmp_path / "checkpoint"
+    output = tmp_path / "drills.json"
+    model = [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "8"]
+    command = [sys.executable, str(ROOT / "benchmarks/drills.py"), "kill-shard-of-set", "--output", str(output), *model]
+    command += ["--checkpoint", str(checkpoint), "--patience", f"{patience():.2f}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
+    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--push", "gather"]
+    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1").passed()
+    assert [row["step"] for row in report["steps"]] == [4]
+    assert report["steps"][0]["logprob_gap"] < 0.001

@@ -41,7 +41,7 @@ UNKNOWN = {
     "nemotron": {"norm.weight", "norm.bias"},  # a class of its own, which adds one
 }
 # gpt-oss: vLLM's reload loses its experts; apertus: vLLM keeps some parameters in bfloat16 in a float32 model.
-REFUSED = {"gpt-oss", "apertus"}
+REFUSED = ["gpt-oss", "apertus"]
 COMPUTED = {"falcon-new-decoder", "falcon-multi-query", "falcon-multi-head", "bloom"}  # rows put in order by the loader
 MADE_ANEW = {"phi"}  # vLLM makes lm_head.bias at each load
 # With one rank, too, where it is another case: experts, fused layers, tied and padded vocabularies.

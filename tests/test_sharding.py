@@ -1,4 +1,4 @@
-"""Sharded trainers: FSDP2 on gloo against replicas, without vLLM; then two runs of the script."""
+"""Sharded trainers: FSDP2 on gloo against replicas, without vLLM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from running import ROOT, TINY, Run, deadline, patience, shape
+from running import ROOT, deadline
 
 from colocate import memory
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout
@@ -390,25 +390,3 @@ def test_the_checkpoint_of_shards_is_an_ordinary_one(found):
     )
     assert json.loads((found["folder"] / "qwen2 2/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     assert distance(by_shards, by_replicas) < 1e-2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.e2e
-def test_replicas_of_shards_lose_a_trainer_and_go_on_in_another_layout(tmp_path):
-    """Four trainers in two replicas, and two engines of two ranks; then two trainers, whose shards are gathered."""
-    checkpoint = tmp_path / "checkpoint"
-    output = tmp_path / "drills.json"
-    model = [*shape(tmp_path, **TINY), "--dtype", "float32", "--max-tokens", "8"]
-    command = [sys.executable, str(ROOT / "benchmarks/drills.py"), "kill-shard-of-set", "--output", str(output), *model]
-    command += ["--checkpoint", str(checkpoint), "--patience", f"{patience():.2f}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(600))
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
-    assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
-    sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--push", "gather"]
-    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1").passed()
-    assert [row["step"] for row in report["steps"]] == [4]
-    assert report["steps"][0]["logprob_gap"] < 0.001
