@@ -11,9 +11,8 @@ from make_smollm2 import PACKAGE, gguf_file
 from running import LONG, TINY, Run, deadline, patience, shape
 
 HERE = Path(__file__).resolve().parent
-# Files whose tests start Ray or vLLM, in the order in which `pytest -n 2` begins them: the longest first.
-RUNS = ("live", "benchmarks", "drills", "loop", "examples", "script", "start", "nodes", "own_task", "copying", "layout")
-SHARED = {"benchmarks": "live", "loop": "drills"}  # one worker has both, and makes what they share once
+# Files whose tests start Ray. They come one after the other, since a run takes most of two cores by itself.
+RUNS = ("live", "benchmarks", "copying", "drills", "examples", "loop", "nodes", "own_task", "script", "start")
 
 
 @functools.cache
@@ -34,23 +33,22 @@ def pytest_report_header() -> str:
 
 def group_of(path: Path) -> str:
     name = path.stem.removeprefix("test_")
-    return SHARED.get(name, name)
+    return "runs" if name in RUNS else name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is quick comes first, then the layout that tests share, which ends before other runs start."""
 
-    def place(item: pytest.Item) -> tuple[int, bool, bool]:
-        group = group_of(item.path)
-        later = RUNS.index(group) + 1 if hasattr(config, "workerinput") and group in RUNS else 0
-        return later, item.get_closest_marker("e2e") is not None, "live" not in item.fixturenames
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        last = hasattr(config, "workerinput") and group_of(item.path) == "runs"
+        return last, item.get_closest_marker("e2e") is not None, "live" not in item.fixturenames
 
     items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Two workers, with `pytest -n 2`: each takes a group of files at a time."""
+    """Two workers, with `pytest -n 2`: each takes a file at a time, and in the end one of them all of RUNS."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
