@@ -243,12 +243,12 @@ def steps_alone() -> str:
             size = f"{row['sequences']} × {row['completion_tokens']}, {row['lengths']}"
             size += ", checkpointed" if row["options"].get("gradient_checkpointing") else ""
             compiled = "compiled" if row["options"].get("compile") else "as they are"
-            rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, compiled])
             if "failed" in row:
-                rows[-1] += [row["failed"], *"–––––"]
-                continue
-            times = [f"{row[key]:.2f} s" for key in ("step_s_mean", "step_s_max", "first_step_s")]
-            rows[-1] += [*times, f"{row['tokens_per_s']:,.0f}", f"{row['flop_share']:.0%}", f"{row['peak_gib']:.1f}"]
+                cells = [row["failed"], *"–––––"]
+            else:
+                cells = [f"{row[key]:.2f} s" for key in ("step_s_mean", "step_s_max", "first_step_s")]
+                cells += [f"{row['tokens_per_s']:,.0f}", f"{row['flop_share']:.0%}", f"{row['peak_gib']:.1f}"]
+            rows.append([f"[{r['hardware']}](../results/{name}.json)", row["model"], size, compiled, *cells])
     header = ["hardware", "shape", "completions × tokens", "layers", "step, mean", "longest", "first"]
     return table([*header, "tokens/s", "of the GPU's peak FLOP/s", "peak GiB"], rows)
 

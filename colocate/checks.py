@@ -68,11 +68,7 @@ def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:
     import torch
 
     result = []
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        trainer.held.computing_as_engines(),
-    ):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.held.computing_as_engines():
         for token_ids in sequences:
             ids_T = torch.tensor(token_ids, device=trainer.device)
             logprobs_TV = trainer.model(ids_T[None]).logits[0].float().log_softmax(-1)

@@ -16,7 +16,7 @@ ONE = [*QUICK, "--num-gpus", "1", "--tensor-parallel-size", "1"]
 
 def test_the_reward_rises(undisturbed):
     """A vocabulary of 1,000 ids makes it quick; two trainers average gradients. (Two engines in a loop share prompts in
-    test_sharding.py and test_nodes.py.)
+    test_drills.py and test_nodes.py.)
     """
     run, files = undisturbed
     rows = run.report["steps"]
