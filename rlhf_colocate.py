@@ -29,7 +29,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from colocate import checkpoint, checks, cluster, memory, trace
@@ -92,16 +92,21 @@ class RayTrainingActor:
         share: of sharding.hold. resume: the checkpoint that its state comes from. options: of Learner; none where
         nothing is to be learnt.
         """
+        import torch
+
         import rlhf_utils
         from colocate.learner import Learner, join_group
         from colocate.sharding import hold
 
         join_group(rank, addresses, timeout_s, self.device, sharded=bool(share["shards"]))
         self.held = hold(self.model, self.device, **share)
+        self.words = {rlhf_utils.VERSION: self.version}
+        if self.held.round_of:
+            self.words[rlhf_utils.ROUND] = torch.tensor(rlhf_utils.NO_ROUND, device=self.device)
         if self.device.type == "cpu":
-            rlhf_utils.share_memory([*self.held.exported.values(), self.version])
+            rlhf_utils.share_memory([*self.held.blocks(), *self.words.values()])
         # By the checkpoint's names: views, or pieces of them, no copies.
-        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported))
+        self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported(), self.held.round_of))
         self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
         if not options:
             return
@@ -117,12 +122,11 @@ class RayTrainingActor:
         import torch
 
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        before = [w.data_ptr() for w in self.held.exported.values()]
+        before = [block.data_ptr() for block in self.held.blocks()]
         self.version.fill_(-1)
         synchronize()
         yield
-        self.held.publish()
-        if [w.data_ptr() for w in self.held.exported.values()] != before:
+        if [block.data_ptr() for block in self.held.blocks()] != before:
             raise RuntimeError("the weights moved. Change them in place: engines have their memory mapped")
         synchronize()
         self.version.fill_(version)
@@ -149,9 +153,14 @@ class RayTrainingActor:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
         import rlhf_utils
 
-        version = (rlhf_utils.VERSION, self.version)
-        message = rlhf_utils.export_handles([*self.weights.items(), version], self.readers)
+        message = rlhf_utils.export_handles([*self.weights.items(), *self.words.items()], self.readers)
         return {rlhf_utils.device_uuid(self.device): message}
+
+    def send_rounds(self) -> None:
+        """--push gather: gather the weights through one buffer, while the engines' workers read them."""
+        import rlhf_utils
+
+        rlhf_utils.send_rounds(self.words[rlhf_utils.ROUND], self.held.rounds())
 
     def save(self, folder: str) -> None:
         """Write a Hugging Face checkpoint, and the optimizer's state beside it: all trainers of a replica together."""
@@ -400,7 +409,7 @@ class Colocation:
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
-        share = {"shards": shards, "gathered": self.config.push == "gather"}
+        share = {"shards": shards, "bucket_bytes": self.config.bucket_bytes}
         rest = (by_rank, timeout_s, share, resume, self.config.learner_options)
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
@@ -453,9 +462,18 @@ class Colocation:
                 how = ("update_weights_from_ipc_handles", self.handles())
             else:
                 how = ("push_weights", self.version)  # one round trip: the workers have the memory mapped
-            replies = fleet.ask(self.engines, "push", *how, self.version)
+            with self.gathering():
+                replies = fleet.ask(self.engines, "push", *how, self.version)
             wall_ms = 1e3 * (time.perf_counter() - start)
         return self.report.pushed({"version": self.version, "method": config.push}, wall_ms, replies)
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """What reads the trainers' weights, of all engines: with --push gather they come in rounds meanwhile."""
+        wait = self.fleet.begin(self.trainers, "send_rounds") if self.config.push == "gather" else None
+        yield
+        if wait:
+            wait()
 
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""
@@ -647,7 +665,9 @@ def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
 def compare_elements(colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
     colocation.compare_replicas()
-    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
+    handles = colocation.handles()
+    with colocation.gathering():
+        found = colocation.on_workers("colocate.verify:compare", handles, colocation.digests)
     colocation.fleet.watch.note_files()  # in /dev/shm: by now the workers have mapped all that they share
     return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
 

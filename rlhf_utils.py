@@ -28,7 +28,7 @@ import math
 import os
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +40,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
 # sets it to -1 before it changes weights, and to a number not used before when it has. Workers read it as they push.
 VERSION = "rlhf.version"
+# Likewise, of a trainer that sends its weights in rounds through one buffer (`send_rounds`): int64, shape (4,): the
+# round that the buffer holds, how many the worker has taken, and the processes of trainer and worker.
+ROUND = "rlhf.round"
+NO_ROUND = (-1, 0, 0, 0)
+ROUND_S = 60.0  # how long one side waits for the other
+WORDS = (VERSION, ROUND)
 DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -71,11 +77,12 @@ class Piece:
     full: tuple[int, ...]
     start: tuple[int, ...]
     remote: bool = False  # it lies in another GPU's memory
+    round: int = 0  # the one in which it is there, if the trainer sends its weights in rounds
 
     @staticmethod
-    def of(weight: torch.Tensor) -> Piece:
+    def of(weight: torch.Tensor, round: int = 0) -> Piece:
         """All of it."""
-        return Piece(weight, tuple(weight.shape), (0,) * weight.dim())
+        return Piece(weight, tuple(weight.shape), (0,) * weight.dim(), round=round)
 
     def named(self, weight: str) -> str:
         """The weight's name, and where in it this piece begins if it is not all of it: "lm_head.weight[500, 0]"."""
@@ -83,13 +90,14 @@ class Piece:
 
 
 def checkpoint_tensors(
-    model: torch.nn.Module, memory: dict[str, torch.Tensor] | None = None
+    model: torch.nn.Module, memory: dict[str, torch.Tensor] | None = None, rounds: dict[str, int] | None = None
 ) -> Iterator[tuple[str, torch.Tensor | Piece]]:
     """A transformers model's weights under the names and in the shapes of its checkpoint, as views (no copies).
 
     Of a parameter that is sharded (a DTensor, as FSDP2 makes them) it gives the Piece that this rank holds, if any.
     memory: {parameter: where its values are, or this rank's part of them}, for those that lie elsewhere than in the
-    model, for instance since it has masters of another dtype.
+    model, for instance since it has masters of another dtype. rounds: {parameter: that of `send_rounds` in which they
+    are there}.
     Tied weights come once. transformers 5 renames weights and fuses experts when it loads them; `save_pretrained` takes
     that back, and so does this, with the same function of transformers.
     Raises NotHandled for a weight whose form in the checkpoint cannot be had as a view.
@@ -109,7 +117,8 @@ def checkpoint_tensors(
         parameter = parameters[owner]
         held = (memory or {}).get(owner, parameter).detach()
         if not hasattr(held, "placements") and held.shape == parameter.shape:  # all of it is here
-            yield name, _slice(view).of(held)
+            weight = _slice(view).of(held)
+            yield name, Piece.of(weight, rounds[owner]) if rounds else weight
             continue
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -132,9 +141,9 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
 
     readers: UUIDs of the GPUs whose workers may map them. Without any, it is the worker on the trainer's own GPU.
     Returns plain data that any serializer carries: {"readers", "storages": [{...}], "weights": [{"name", "dtype",
-    "shape", "stride", "offset", "storage", "full", "start"}], "checksum"}, strides and offsets in elements. Each
-    storage is exported once for each reader, however many tensors view it, because a receiver may open one export only
-    once (torch counts references per export).
+    "shape", "stride", "offset", "storage", "full", "start", "round"}], "checksum"}, strides and offsets in elements.
+    Each storage is exported once for each reader, however many tensors view it, because a receiver may open one export
+    only once (torch counts references per export).
     The tensors' memory stays the exporter's: keep it alive and unchanged until the receiver has answered.
     Waits for the device: everything launched before this call is in the tensors when it returns.
     """
@@ -160,12 +169,56 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
                 "storage": index[key],
                 "full": list(piece.full),
                 "start": list(piece.start),
+                "round": piece.round,
             }
         )
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     message = {"readers": list(readers), "storages": storages, "weights": weights}
     return message | {"checksum": checksum(message)}
+
+
+def send_rounds(word: torch.Tensor, rounds: Iterable[int]) -> None:
+    """Send weights through one buffer, some of them in each round, to the worker on this GPU, which reads (`arriving`).
+
+    word: exported as ROUND, NO_ROUND at first. rounds: fills the buffer, says which round it holds, and so on.
+    Returns when the worker has taken all. Raises RuntimeError if it has not, for ROUND_S or since it has ended; but
+    after the last round, since trainers may fill their buffers together.
+    """
+    word[:3].copy_(torch.tensor([-1, 0, os.getpid()]))  # the worker may have said already who it is
+    ended = _ended(word[3])
+    taken = True
+    try:
+        for number in rounds:
+            word[0] = number
+            taken = taken and _wait(lambda: int(word[1]) > number, ended)  # noqa: B023
+    finally:
+        word[:3].copy_(torch.tensor([-1, 0, 0]))  # who still waits for more need not
+    if not taken:
+        raise RuntimeError("the worker on this GPU has not taken the weights")
+
+
+def _wait(ready: Callable[[], bool], ended: Callable[[], bool]) -> bool:
+    """Wait until it is ready: False if it is not within ROUND_S, or the other side's process has ended."""
+    end = time.monotonic() + ROUND_S
+    while not ready():
+        if ended() or time.monotonic() > end:
+            return ready()
+        time.sleep(5e-5)
+    return True
+
+
+def _ended(process: torch.Tensor) -> Callable[[], bool]:
+    """Tells whether a process of this number was there, and is not any more: it may never have been to be seen."""
+    seen = False
+
+    def ended() -> bool:
+        nonlocal seen
+        alive = os.path.exists(f"/proc/{int(process)}")
+        seen = seen or alive
+        return seen and not alive
+
+    return ended
 
 
 def checksum(message: dict) -> str:
@@ -261,7 +314,7 @@ class ColocateWorkerExtension:
         start = time.perf_counter()
         with open_pieces(messages, device_uuid(self.device), self.device) as weights:
             opened = time.perf_counter()
-            names = [name for name in weights if name != VERSION]
+            names = [name for name in weights if name not in WORDS]
             nbytes = sum(piece.tensor.nbytes for name in names for piece in weights[name])
             by_loaders = dataclasses.replace(recording, copies=[], loaders=names)
             plan = CopyPlan(self.get_model(), self.vllm_config, by_loaders, weights)
@@ -297,8 +350,8 @@ class ColocateWorkerExtension:
         bound = time.perf_counter()
         return {
             "version": int(plan.versions[0]),
-            "weights": len(weights) - 1,
-            "copies": len(plan.copies) + len(plan.remote),
+            "weights": len(weights.keys() - {*WORDS}),
+            "copies": sum(len(part.local) + len(part.remote) for part in plan.rounds.values()),
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
             "loaders": recording.loaders,
@@ -370,18 +423,20 @@ class CopyPlan:
         self.weights = weights
         self.versions = [piece.tensor for piece in weights[VERSION]]
         targets = {n: p.data for n, p in (*model.named_parameters(), *model.named_buffers())}
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []  # from another GPU's memory
+        # One round, unless the trainer sends its weights in several.
+        self.rounds: dict[int, CopyGraph] = defaultdict(lambda: CopyGraph(self.versions))
         for c in recording.copies:
             for piece in weights[c.weight]:
                 if part := c.source.cut(piece.full, piece.start, piece.tensor.shape):
                     where, source = part
                     copy = (c.target.narrow(where).of(targets[c.parameter]), source.of(piece.tensor))
-                    (self.remote if piece.remote else self.copies).append(copy)
-        self.remote_bytes = sum(dst.nbytes for dst, _ in self.remote)
-        self.nbytes = self.remote_bytes + sum(dst.nbytes for dst, _ in self.copies)
-        self.seen = torch.full((2, len(self.versions)), -1, dtype=torch.int64, device=self.versions[0].device)
-        self.graph = self._capture() if self.seen.is_cuda and recording.copies else None
+                    copies = self.rounds[piece.round]
+                    (copies.remote if piece.remote else copies.local).append(copy)
+        self.remote_bytes = sum(copies.remote_bytes for copies in self.rounds.values())
+        self.nbytes = sum(copies.nbytes for copies in self.rounds.values())
+        if self.versions[0].is_cuda:
+            for copies in self.rounds.values():
+                copies.capture()
 
     def push(self, version: int) -> None:
         """Bring the weights of that version in; done when it returns. Raises HandleError if they are another's.
@@ -390,33 +445,70 @@ class CopyPlan:
         that began meanwhile show, and so does the mapping of a trainer that is gone, as its version stands still. That
         holds if no version is ever given out twice, not by the next trainer either.
         """
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._look(0)
-            for dst, src in (*self.copies, *self.remote):
-                dst.copy_(src)
-            self._look(1)
-        loaders = self.recording.loaders
-        if loaders:
-            chosen = ((n, whole(self.weights[n])) for n in loaders)
-            _load_weights(self.model, self.vllm_config, chosen, self.recording.reload)
-        seen = self.seen.flatten().tolist()  # waits for the copies
-        if loaders:
+        seen: list[int] = []
+        for_loaders = self._copy(seen)
+        if self.recording.loaders:
+            _load_weights(self.model, self.vllm_config, for_loaders, self.recording.reload)
             seen += [int(version) for version in self.versions]
+        for name, _ in for_loaders:
+            raise RuntimeError(f"vLLM's loaders did not take {name}")
         if version < 0 or set(seen) != {version}:
             raise HandleError(
                 f"a trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, the push is of "
                 f"{version} (-1: a step is under way): the engine must not be used before a whole push"
             )
 
+    def _copy(self, seen: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Replay the copies, round after round, and note the versions. Yields what must go through vLLM's loaders."""
+        loaders = set(self.recording.loaders)
+        for number, names in arriving(self.weights):
+            copies = self.rounds[number]
+            copies.replay()
+            for name in names:
+                if name in loaders:
+                    weight = whole(self.weights[name])
+                    # A layerwise reload keeps it until its layer is complete.
+                    yield name, weight.clone() if ROUND in self.weights else weight
+            seen += copies.seen.flatten().tolist()  # waits for the copies
+
+
+class CopyGraph:
+    """Copies that are done together, with a look at the trainers' versions before and after: on a GPU one CUDA graph.
+
+    local, remote: (target, source), remote ones from another GPU's memory. seen: the versions, int64, (2, trainers).
+    """
+
+    def __init__(self, versions: list[torch.Tensor]):
+        self.versions = versions
+        self.local: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.seen = torch.full((2, len(versions)), -1, dtype=torch.int64, device=versions[0].device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def remote_bytes(self) -> int:
+        return sum(dst.nbytes for dst, _ in self.remote)
+
+    @property
+    def nbytes(self) -> int:
+        return self.remote_bytes + sum(dst.nbytes for dst, _ in self.local)
+
+    def replay(self) -> None:
+        if self.graph:
+            self.graph.replay()
+            return
+        self._look(0)
+        for dst, src in (*self.local, *self.remote):
+            dst.copy_(src)
+        self._look(1)
+
     def _look(self, when: int) -> None:
         for i, version in enumerate(self.versions):
             self.seen[when, i].copy_(version)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """One CUDA graph of the copies: over 4 streams, since one alone leaves memory idle between copies, the largest
-        first, so that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate.
+    def capture(self) -> None:
+        """Make the graph: over 4 streams, since one alone leaves memory idle between copies, the largest first, so
+        that the lanes end together; strided slices as 16- or 8-byte elements, which doubles their rate.
 
         Copies from other GPUs go beside these in one kernel of few blocks, which NVLink keeps waiting, and which leaves
         most of the chip to the local ones; kernels of the usual size would take turns with them.
@@ -426,7 +518,7 @@ class CopyPlan:
         beside = torch.cuda.Stream(priority=-1)
         table, others = _tiles(self.remote)
         blocks = 64 if 5 * self.remote_bytes < self.nbytes else 96  # see `_copy_tiles`
-        copies = [_widened(dst, src) for dst, src in sorted([*self.copies, *others], key=lambda c: -c[0].nbytes)]
+        copies = [_widened(dst, src) for dst, src in sorted([*self.local, *others], key=lambda c: -c[0].nbytes)]
         self.table = None if table is None else table.to(self.seen.device)  # as long as the graph
         if table is not None:
             _copy_tiles(self.table, 0, blocks)  # compiles it, outside of the capture
@@ -449,7 +541,7 @@ class CopyPlan:
                 self._look(1)
             finally:
                 graph.capture_end()
-        return graph
+        self.graph = graph
 
 
 def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -599,7 +691,7 @@ def _malformed():
 def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict[str, list[Piece]]]:
     """Map what this GPU's worker may read: {weight: the pieces that make it up}, its own GPU's where it has the choice.
 
-    VERSION is among the weights: its pieces are the version words of all trainers that are read.
+    VERSION is among the weights: its pieces are the version words of all trainers that are read. So may ROUND be.
     """
     with contextlib.ExitStack() as mapping:
         found: dict[str, dict] = {}  # pieces of each weight, by what only one of them may be
@@ -610,7 +702,7 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
             tensors = mapping.enter_context(open_handles(message, device, gpu))
             for w in message["weights"]:
                 tensor = tensors[w["name"]]
-                piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu)
+                piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu, w["round"])
                 key = owner if w["name"] == VERSION else (piece.start, tensor.shape)
                 found.setdefault(w["name"], {}).setdefault(key, piece)
         pieces = {name: list(by_key.values()) for name, by_key in found.items()}
@@ -619,6 +711,33 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
             yield pieces
         finally:
             pieces.clear()
+
+
+def arriving(weights: dict[str, list[Piece]]) -> Iterator[tuple[int, list[str]]]:
+    """(round, names of the weights that are there): of all at once, unless the trainer sends them in rounds.
+
+    Then it must be doing so (`send_rounds`), and they are gone when the loop goes on: what was launched on the current
+    stream by then may still read them. Raises RuntimeError if a round does not come, see there.
+    """
+    rounds: dict[int, list[str]] = {}
+    for name, pieces in weights.items():
+        if name not in WORDS:
+            rounds.setdefault(pieces[0].round, []).append(name)
+    if ROUND not in weights:
+        yield from rounds.items()
+        return
+    word = weights[ROUND][0].tensor
+    word[3] = os.getpid()
+    ended = _ended(word[2])
+    try:
+        for number in sorted(rounds):
+            if not _wait(lambda: int(word[0]) == number, ended):  # noqa: B023
+                raise RuntimeError(f"the trainer on this GPU has not sent round {number} of its weights")
+            yield number, rounds[number]
+            word[1] = number + 1
+    except BaseException:  # the loop was left: the trainer need not wait
+        word[1] = len(rounds)
+        raise
 
 
 def _may_read(gpu: str, owner: str, message: dict) -> bool:
@@ -694,7 +813,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full sh
 
 @_malformed()
 def check_messages(messages: dict, gpu: str) -> Shapes:
-    """The weights in these messages, without VERSION. Raises HandleError, which names the first few offenders.
+    """The weights in these messages, without WORDS. Raises HandleError, which names the first few offenders.
 
     A message must be as it was exported, and every worker must find each element of each weight exactly once, replicas
     aside. Each worker checks that for all of them: so all load, or none does.
@@ -738,7 +857,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
                 wrong.append(f"missing: {name}{some} ({reader})")
     if wrong:
         raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {_some(wrong, 5)}")
-    return {name: spec for name, spec in shapes.items() if name != VERSION}
+    return {name: spec for name, spec in shapes.items() if name not in WORDS}
 
 
 def _check_checksum(message: dict) -> None:

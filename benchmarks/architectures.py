@@ -258,7 +258,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
         named = weights | {u.VERSION: version}
         pieces = {n: [u.Piece.of(t)] for n, t in named.items()}
         plan = u.CopyPlan(model, config, recording, pieces)
-        found["copies"], found["loaders"] = len(plan.copies), len(recording.loaders)
+        found["copies"], found["loaders"] = len(plan.rounds[0].local), len(recording.loaders)
         change(1)
         load()
         by_loaders = digests()

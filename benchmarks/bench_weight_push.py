@@ -11,7 +11,7 @@ cache is a number of its own.
 
 With --trainer fsdp the push is out of shards. It has a second floor then: what lies on other GPUs, at the rate of a
 plain copy over NVLink. With --push gather, beside it, all methods take whole weights, which the trainers gather for
-each push anew: the times have that in them.
+each push anew: the times have that in them. The peers want all weights at once: with a --bucket-mb that holds them.
 
 --soak N: N more recorded pushes. The trainers overwrite all weights as soon as each has answered, while the workers
 look for an element of the next values. (What grows over many pushes is for soak.py.)
@@ -117,7 +117,9 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
 
 def compare(colocation: PeerColocation, method: str) -> int:
     """Compare every element with the trainers'. Returns how many of one worker. Raises Stop if one is wrong."""
-    found = colocation.on_workers("colocate.verify:compare", colocation.handles(), colocation.digests)
+    handles = colocation.handles()
+    with colocation.gathering():
+        found = colocation.on_workers("colocate.verify:compare", handles, colocation.digests)
     for kind in ("transport", "placement"):
         check = checks.combine(found, kind)
         if not check["ok"]:
@@ -155,6 +157,7 @@ def main() -> int:
     parser.add_argument("--trainer", choices=("replicated", "fsdp"), default="replicated")
     parser.add_argument("--shard-size", type=int, help="with --trainer fsdp")
     parser.add_argument("--push", choices=("recorded", "gather"), default="recorded", help="gather: of shards")
+    parser.add_argument("--bucket-mb", type=int, default=256, help="with --push gather (default: 256)")
     parser.add_argument("--pushes", type=int, default=30, help="counted pushes per method (default: 30)")
     parser.add_argument("--warmup", type=int, default=3, help="pushes per method before them (default: 3)")
     every = tuple(METHODS)
@@ -167,6 +170,7 @@ def main() -> int:
         parser.error("--soak is for --trainer replicated")
     counts = {"num_gpus": args.num_gpus, "tensor_parallel_size": args.tensor_parallel_size}
     sharding = {"trainer": args.trainer, "shard_size": args.shard_size, "push": args.push}
+    sharding["bucket_mb"] = args.bucket_mb
     config = Config(load_format="dummy", steps=0, **counts, **sharding)
     report = Report(config)
     with report.verdict(), cluster.temporary_folder("bench-") as folder:
@@ -189,6 +193,8 @@ def main() -> int:
     where = {"model": args.shape, "tp": args.tensor_parallel_size, "engines": config.num_engines}
     if config.trainer == "fsdp":
         where |= {"layout": layout(counts), "shard_size": config.replica_size, "push": config.push}
+        if config.push == "gather":
+            where["bucket_mb"] = config.bucket_mb
     done["rows"] += [where | row for row in rows]
     output.write_text(json.dumps(done, indent=1) + "\n")
     for row in rows:

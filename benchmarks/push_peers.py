@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -50,24 +51,34 @@ def join_peers(trainer, rank: int, world: int, port: int) -> None:
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
 
-def publish(trainer) -> None:
-    """What --push gather does at the end of each change of weights, once more."""
+def gather(trainer) -> None:
+    """All weights into a buffer that holds them all at once."""
     import torch
 
-    trainer.held.publish()
+    for _ in trainer.held.rounds():
+        pass
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def count_rounds(trainer) -> int:
+    return 1 + max(trainer.held.round_of.values(), default=0)
+
+
+def weights_of(trainer) -> dict:
+    """{name: tensor}, of all there is."""
+    return {n: w.tensor if isinstance(w, rlhf_utils.Piece) else w for n, w in trainer.weights.items()}
 
 
 def send_by_vllm(trainer, engines: list, packed: bool) -> None:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 
     args = IPCTrainerSendWeightsArgs("ray", engines, packed=packed, packed_buffer_size_bytes=PACKED_BYTES)
-    IPCWeightTransferEngine.trainer_send_weights(iter(list(trainer.weights.items())), args)
+    IPCWeightTransferEngine.trainer_send_weights(iter(list(weights_of(trainer).items())), args)
 
 
 def weight_bytes(trainer) -> int:
-    return sum(t.nbytes for t in trainer.weights.values())
+    return sum(t.nbytes for t in weights_of(trainer).values())
 
 
 def make_buckets(trainer) -> int:
@@ -80,7 +91,7 @@ def make_buckets(trainer) -> int:
     trainer.buckets = [[]]
     filled = 0
     largest = 0
-    for name, tensor in trainer.weights.items():
+    for name, tensor in weights_of(trainer).items():
         nbytes = -(-tensor.nbytes // 16) * 16
         if filled and filled + nbytes > BUCKET_BYTES:
             trainer.buckets.append([])
@@ -167,7 +178,7 @@ def torn(worker, value: float) -> int:
     """How many of the recorded copies' targets hold anything else than this value."""
     import torch
 
-    return int(torch.stack([(dst != value).any() for dst, _ in worker._plan.copies]).sum())
+    return int(torch.stack([(dst != value).any() for dst, _ in worker._plan.rounds[0].local]).sum())
 
 
 def device_copy_ms(worker, repeats: int) -> float:
@@ -187,13 +198,13 @@ def device_copy_ms(worker, repeats: int) -> float:
 
 def replay_ms(worker, repeats: int) -> float:
     """Median time of the recorded copies alone."""
-    plan = worker._plan
+    rounds = worker._plan.rounds.values()
 
-    def copy() -> None:
-        for dst, src in plan.copies:
-            dst.copy_(src)
+    def replay() -> None:
+        for copies in rounds:
+            copies.replay()
 
-    return median_ms(worker.device, plan.graph.replay if plan.graph else copy, repeats)
+    return median_ms(worker.device, replay, repeats)
 
 
 def peer_copy_ms(worker, repeats: int) -> float:
@@ -201,9 +212,9 @@ def peer_copy_ms(worker, repeats: int) -> float:
     import torch
 
     plan = worker._plan
-    if not plan.remote:
+    if not plan.remote_bytes:
         return 0.0
-    storage = max((src.untyped_storage() for _, src in plan.remote), key=lambda storage: storage.nbytes())
+    storage = max((src.untyped_storage() for _, src in plan.rounds[0].remote), key=lambda storage: storage.nbytes())
     piece = torch.empty(0, dtype=torch.uint8, device=worker.device).set_(storage)[: 2**28]
     b = torch.empty_like(piece)
     median = median_ms(worker.device, functools.partial(b.copy_, piece), repeats)
@@ -247,7 +258,7 @@ class PeerColocation(rc.Colocation):
         ask = self.fleet.ask
         n = len(self.trainers)
         port = cluster.free_port()
-        whole = self.config.trainers_per_copy == 1
+        whole = self.config.trainers_per_copy == 1 and ask(self.trainers, count_rounds)[0] == 1
         if self.config.trainer == "replicated":  # shards need their process group
             ask(self.trainers, join_peers, each=[(rank, n, port) for rank in range(n)])
         if whole:
@@ -274,17 +285,17 @@ class PeerColocation(rc.Colocation):
         """
         ask = self.fleet.ask
         gathers = self.config.push == "gather"
-        start = time.perf_counter()
-        if gathers:
-            ask(self.trainers, publish)
-        gather_ms = 1e3 * (time.perf_counter() - start)
         if method in ("simple", "recorded"):
             before = self.config
-            if not gathers or method == "simple":
-                self.config = dataclasses.replace(self.config, push=method)
-            push = self.push()
-            self.config = before
-            return push | {"wall_ms": gather_ms + push["wall_ms"] - push["reset_ms"]}
+            with self.gathering() if gathers and method == "simple" else contextlib.nullcontext():
+                if not gathers or method == "simple":
+                    self.config = dataclasses.replace(self.config, push=method)
+                push = self.push()
+                self.config = before
+            return push | {"wall_ms": push["wall_ms"] - push["reset_ms"]}
+        start = time.perf_counter()
+        if gathers:
+            ask(self.trainers, gather)
         if method == "bucket":
             for i in range(self.bucket_count):
                 handles = {gpu: m for one in ask(self.trainers, fill_bucket, i) for gpu, m in one.items()}

@@ -207,7 +207,8 @@ def shard_pushes() -> str:
         for row in r["rows"]:
             method = METHODS[row["method"]]
             if row["push"] == "gather":
-                method = f"gathered, then {method}"
+                rounds = f" in rounds of {row['bucket_mb']} MB" if "bucket_mb" in row else ""
+                method = f"gathered{rounds}, then {method}"
             figures = [row.get(column) for column in columns]
             cells = ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in figures]
             where = f"{row['model']}, {row['layout']}, shards of {row['shard_size']}"
@@ -438,7 +439,8 @@ def trl_goals() -> str:
         return statistics.fmean(shares) if shares else None
 
     def started(side: str, caches: str) -> list[dict]:
-        return trl_rows(gpus=1, side=side, model=SHAPE, caches=caches)
+        rows = trl_rows(gpus=1, side=side, model=SHAPE, caches=caches, sleep=True)
+        return [row for row in rows if not row["variant"].endswith("off")]
 
     def times(value: float) -> str:
         return f"{value:.2f} ×"

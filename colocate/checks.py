@@ -27,15 +27,18 @@ def weight_digests(trainer) -> dict[str, str]:
 
     import rlhf_utils
 
-    weights = {}
-    for name, held in trainer.weights.items():
-        piece = held if isinstance(held, rlhf_utils.Piece) else rlhf_utils.Piece.of(held)
-        weights[piece.named(name)] = piece.tensor
-    # A sum is finite only if all it adds up is, and takes no memory beside the weights.
-    finite = torch.stack([t.sum(dtype=torch.float32).isfinite() for t in weights.values()]).tolist()
-    if bad := [name for name, ok in zip(weights, finite, strict=True) if not ok]:
+    held = {n: w if isinstance(w, rlhf_utils.Piece) else rlhf_utils.Piece.of(w) for n, w in trainer.weights.items()}
+    digests = {}
+    bad = []
+    for number in trainer.held.rounds():
+        weights = {piece.named(name): piece.tensor for name, piece in held.items() if piece.round == number}
+        # A sum is finite only if all it adds up is, and takes no memory beside the weights.
+        finite = torch.stack([t.sum(dtype=torch.float32).isfinite() for t in weights.values()]).tolist()
+        bad += [name for name, ok in zip(weights, finite, strict=True) if not ok]
+        digests |= {name: rlhf_utils.digest(t) for name, t in weights.items()}
+    if bad:  # not before: all trainers of a replica go through the rounds together
         raise ValueError(f"NaN or Inf in {summary(bad)}: push refused")
-    return {name: rlhf_utils.digest(t) for name, t in weights.items()}
+    return digests
 
 
 def fingerprint(digests: dict[str, str]) -> str:

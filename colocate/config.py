@@ -125,9 +125,14 @@ class Config:
     push: str = flag(
         "auto",
         "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push; "
-        "'gather': recorded, out of shards that each step gathers on every GPU; 'auto': recorded, but gather for "
+        "'gather': recorded, out of shards that each push gathers on every GPU; 'auto': recorded, but gather for "
         "shards on GPUs that cannot read one another's memory",
         choices=("auto", "recorded", "simple", "gather"),
+    )
+    bucket_mb: int = flag(
+        256,
+        "--push gather: size, MB, of the buffer on each GPU through which it goes (the largest weight's, at least)",
+        at_least=1,
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)
     steps: int = flag(
@@ -233,7 +238,7 @@ class Config:
     )
     compile: bool = flag(
         True,
-        "on GPUs, let torch fuse the small kernels of replicated trainers, which takes 7 to 14 s in a first step",
+        "on GPUs, let torch fuse the trainers' small kernels, which takes 7 to 25 s in a first step",
     )
     sleep_level: int | str = flag(
         "auto",
@@ -308,6 +313,11 @@ class Config:
         return 1 if self.push == "gather" else self.replica_size
 
     @property
+    def bucket_bytes(self) -> int | None:
+        """Of the buffer of --push gather, which must be resolved; None with another push."""
+        return self.bucket_mb * 10**6 if self.push == "gather" else None
+
+    @property
     def gpus_of_one_node(self) -> int:
         """So many bundles in a row must be on one node: an engine's, and those of shards that it reads."""
         return math.lcm(self.tensor_parallel_size, self.trainers_per_copy)
@@ -348,9 +358,8 @@ class Config:
             return {}
         names = ["learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler", "warmup_steps", "num_iterations"]
         names += ["epsilon", "epsilon_high", "temperature", "kl_coef", "correction", "correction_cap"]
-        names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
+        names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing", "compile"]
         options = {name: getattr(self, name) for name in names}
-        options["compile"] = self.compile and self.trainer != "fsdp"  # shards: not tried on GPUs yet
         return options | {"offload": self.offload_optimizer, "scheduled_steps": self.scheduled_steps or self.steps}
 
     def saves_after(self, step: int, last: int) -> bool:

@@ -30,10 +30,10 @@ def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
     """(between steps, at most during one): weights, masters and moments (12 bytes per parameter), gradient (4).
 
     And with --kl-coef a copy of the weights. Shards are that many times smaller; their masters are never offloaded.
-    --push gather has all weights once more. Activations are not counted, nor the layers that FSDP gathers.
+    --push gather has its buffer. Activations are not counted, nor the layers that FSDP gathers.
     """
     sharded = config.trainer == "fsdp"
-    gathered = parameters * itemsize(config) if config.push == "gather" else 0
+    gathered = min(parameters * itemsize(config), config.bucket_bytes or 0)
     parameters = -(-parameters // config.replica_size)
     weights = parameters * itemsize(config)
     masters = 4 * parameters

@@ -1,5 +1,5 @@
 """What a trainer holds of the model: all of it (`Whole`), or the shards of FSDP2 (`Shard`). `Learner` works on both.
-`Gathered` has shards, and all of the model beside them for an engine to read.
+`Gathered` has shards, and a buffer through which an engine reads all of the model.
 
 A replica is the model and its optimizer once: one trainer with all of it, or neighbours with a shard each, which is
 hybrid sharding (HSDP) if there are several replicas. Every forward and backward pass of a sharded model gathers its
@@ -12,7 +12,9 @@ Knows neither Ray, vLLM nor handles.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,11 +29,11 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return next((list(layers) for layers in lists if len(layers) == count), [])
 
 
-def hold(model: torch.nn.Module, device: torch.device, shards: int, gathered: bool) -> Whole:
-    """All of the model (shards: 0), or a shard that this trainer shares with so many; see `Gathered`."""
+def hold(model: torch.nn.Module, device: torch.device, shards: int, bucket_bytes: int | None) -> Whole:
+    """All of the model (shards: 0), or a shard that this trainer shares with so many. bucket_bytes: of `Gathered`."""
     if not shards:
         return Whole(model)
-    return (Gathered if gathered else Shard)(model, shards, device)
+    return Gathered(model, shards, device, bucket_bytes) if bucket_bytes else Shard(model, shards, device)
 
 
 def rank_of(trainer: int, size: int, tp: int) -> int:
@@ -52,24 +54,30 @@ class Whole:
     """A trainer with all of the model, in the engines' dtype. With several of them each one is a replica.
 
     memory: {parameter: its values in the engines' dtype, changed in place}.
-    exported: the same, where engines read it.
+    round_of: {parameter: the one of `rounds` in which engines can read it}.
     group: of torch.distributed, with the trainers of this replica; None for one alone. position: in it.
     """
 
     group = None
     position = 0
+    round_of: Mapping[str, int] = MappingProxyType({})  # all of it is always there
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.parameters = dict(model.named_parameters())  # tied weights come once
         self.memory = self.parameters
 
-    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """What engines map. It stays where it is."""
+        return list(self.memory.values())
+
     def exported(self) -> dict[str, torch.Tensor]:
+        """{parameter: where engines read it}, in `blocks`."""
         return self.memory
 
-    def publish(self) -> None:
-        """Let engines see what is in `memory`: they do, where they read just that."""
+    def rounds(self) -> Iterator[int]:
+        """Bring what is in `memory` to `exported`, some of it in each round. It is there already, all at once."""
+        yield 0
 
     def __str__(self) -> str:
         return "a replica each"
@@ -254,30 +262,45 @@ class Shard(Whole):
 
 
 class Gathered(Shard):
-    """Shards, and a copy of the whole model in the engines' dtype, for GPUs that cannot read one another's memory.
+    """Shards, and a buffer through which an engine reads all of the model, in rounds: for GPUs without peer access.
 
-    The copy takes as many bytes per parameter as that dtype has, on every GPU.
+    It has bucket_bytes, or as many as the largest parameter. A parameter takes as much again while it is gathered.
     """
 
-    def __init__(self, model: torch.nn.Module, size: int, device: torch.device):
+    def __init__(self, model: torch.nn.Module, size: int, device: torch.device, bucket_bytes: int):
         super().__init__(model, size, device)
-        shapes = {name: (p.shape, self.memory[name].dtype) for name, p in self.parameters.items()}
-        self.copy = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-        self.publish()
+        self.round_of = {}
+        self.place = {}  # parameter -> (first byte in the buffer, bytes)
+        number = end = largest = 0
+        for name, parameter in self.parameters.items():
+            nbytes = parameter.numel() * self.memory[name].itemsize
+            if end and end + nbytes > bucket_bytes:
+                number += 1
+                end = 0
+            self.round_of[name] = number
+            self.place[name] = end, nbytes
+            end += -(-nbytes // 64) * 64
+            largest = max(largest, end)
+        self.buffer = torch.empty(largest, dtype=torch.uint8, device=device)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, gathered for the push"
+        return f"{super().__str__()}, gathered for each push in {max(self.round_of.values()) + 1} rounds"
 
-    @property
+    def blocks(self) -> list[torch.Tensor]:
+        return [self.buffer]
+
     def exported(self) -> dict[str, torch.Tensor]:
-        return self.copy
+        bytes_of = {name: self.buffer[start : start + nbytes] for name, (start, nbytes) in self.place.items()}
+        return {n: b.view(self.memory[n].dtype).view(self.parameters[n].shape) for n, b in bytes_of.items()}
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """One parameter at a time. All trainers of the replica must call it."""
-        for name, copy in self.copy.items():
-            copy.copy_(self.placed(name, self.memory[name]).full_tensor())
-        if copy.is_cuda:
+    def rounds(self) -> Iterator[int]:
+        """One parameter at a time. All trainers of the replica must go through all rounds together."""
+        views = self.exported()
+        for number, names in itertools.groupby(self.round_of, self.round_of.get):
+            for name in names:
+                views[name].copy_(self.placed(name, self.memory[name]).full_tensor().detach())
+            yield number
+        if self.buffer.is_cuda:
             torch.cuda.empty_cache()  # of the largest: an engine may need it
 
     def gather_names(self, name: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import VERSION, HandleError, Piece, device_uuid, digest, open_pieces, whole
+from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, whole
 
 # Integer types of the same width, to compare bits instead of values: NaN equals itself, and -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,7 +73,7 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     model: the rank's model (`worker.get_model()`), unquantized. names: of the weights that the trainer sends.
     tp_rank: as if for another rank (for fault injection).
     """
-    names = set(names) - {VERSION}
+    names = set(names) - {*WORDS}
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", "")
     spelled = _names_in_checkpoint(model, names)
@@ -279,10 +279,9 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     """
     gpu = device_uuid(worker.device)
     with open_pieces(messages, gpu, worker.device) as weights:
-        weights.pop(VERSION)
         layout = expected_layout(worker.get_model(), weights)
         transport, checked, wrong = compare_weights(worker.get_model(), layout, weights, digests)
-        count = len(weights)
+        count = len(weights.keys() - {*WORDS})
     return {
         "gpu": gpu,
         "tp_rank": worker.rank,
@@ -304,20 +303,24 @@ def compare_weights(
 
     One weight after the other, since one that is sharded is put together for this.
     """
-    regions: dict[str, list[Region]] = {name: [] for name in weights}
+    regions: dict[str, list[Region]] = {}
     for region in layout.regions:
-        regions.setdefault(region.weight, []).append(region)
+        if region.dst is not None:
+            regions.setdefault(region.weight, []).append(region)
     parameters = {name: p.data for name, p in model.named_parameters()}
     arrived = {}
     checked = 0
     wrong = Counter()
-    for name, belonging in regions.items():
-        pieces = weights.get(name, [])
-        arrived |= {piece.named(name): digest(piece.tensor) for piece in pieces}
-        weight = whole(pieces) if pieces else None
-        for region in (r for r in belonging if r.dst is not None):
+    for name in (name for _, names in arriving(weights) for name in names):
+        arrived |= {piece.named(name): digest(piece.tensor) for piece in weights[name]}
+        weight = whole(weights[name])
+        for region in regions.pop(name, []):
             have = parameters[region.parameter][region.dst]
             checked += have.numel()
-            wrong[region.parameter] += have.numel() if weight is None else differing(have, region.source(weight))
+            wrong[region.parameter] += differing(have, region.source(weight))
+    for region in (region for missing in regions.values() for region in missing):
+        count = parameters[region.parameter][region.dst].numel()
+        checked += count
+        wrong[region.parameter] += count
     transport = [piece for piece in arrived.keys() | digests.keys() if arrived.get(piece) != digests.get(piece)]
     return transport, checked, dict(+wrong)

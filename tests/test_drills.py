@@ -87,6 +87,9 @@ def test_replicas_of_shards_lose_a_trainer_and_go_on_in_another_layout(tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     assert "FSDP2 in shards of 2" in done.stdout and "2 replicas bitwise identical" in done.stdout
     sizes = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--trainer", "fsdp", "--push", "gather"]
-    report = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1").passed()
+    sizes += ["--bucket-mb", "1"]
+    run = Run(tmp_path, "--resume", str(checkpoint), *sizes, *model[4:], "--steps", "1")
+    report = run.passed()
+    assert "FSDP2 in shards of 2, gathered for each push in 3 rounds" in run.stdout
     assert [row["step"] for row in report["steps"]] == [4]
     assert report["steps"][0]["logprob_gap"] < 0.001

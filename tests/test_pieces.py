@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from running import deadline
 
 import rlhf_utils as u
-from rlhf_utils import VERSION, HandleError, NotHandled, Piece, Slice
+from rlhf_utils import ROUND, VERSION, HandleError, NotHandled, Piece, Slice
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"q": (6, 8), "k": (2, 8), "v": (2, 8), "o": (8, 6), "norm": (7,), "scale": ()}
@@ -110,6 +112,151 @@ def test_a_push_out_of_shards_does_what_one_out_of_a_replica_does(count, dims):
     assert worker.update_weights_from_ipc_handles(shards.messages())["version"] == 8
     assert worker.holds(shards.full)
     worker.disconnect_weights()
+
+
+class Sender:
+    """A trainer that sends its weights through a buffer with room for `q` alone: q; k and v; o; norm and scale."""
+
+    ROUNDS = (("q",), ("k", "v"), ("o",), ("norm", "scale"))
+
+    def __init__(self):
+        self.full = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+        self.buffer = torch.zeros(48)
+        self.words = {VERSION: torch.tensor(5), ROUND: torch.tensor(u.NO_ROUND)}
+        u.share_memory([self.buffer, *self.words.values()])
+        self.weights = {}
+        for number, names in enumerate(self.ROUNDS):
+            parts = self.buffer.split(
+                [self.full[n].numel() for n in names] + [-sum(self.full[n].numel() for n in names) % 48]
+            )
+            for name, part in zip(names, parts, strict=False):
+                self.weights[name] = Piece.of(part.view(self.full[name].shape), number)
+
+    def messages(self) -> dict:
+        return {"cpu": u.export_handles([*self.weights.items(), *self.words.items()])}
+
+    def rounds(self):
+        for number, names in enumerate(self.ROUNDS):
+            self.buffer.fill_(-1.0)
+            for name in names:
+                self.weights[name].tensor.copy_(self.full[name])
+            yield number
+
+    def change(self) -> None:
+        for weight in self.full.values():
+            weight.normal_()
+        self.words[VERSION].add_(1)
+
+    def sending(self) -> threading.Thread:
+        thread = threading.Thread(target=u.send_rounds, args=(self.words[ROUND], self.rounds()))
+        thread.start()
+        return thread
+
+
+def halve_scale(model: Model, weights) -> None:
+    """vLLM's loaders, of which one computes: its weight has to go through them."""
+    weights = list(weights)
+    Model.load_weights(model, [w for w in weights if w[0] != "scale"])
+    for _, weight in (w for w in weights if w[0] == "scale"):
+        model.scale.data.copy_(weight / 2)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_a_push_through_a_buffer_brings_the_weights_in_rounds(computes):
+    sender = Sender()
+    worker = Worker()
+    if computes:
+        worker.model.load_weights = lambda weights: halve_scale(worker.model, weights)
+    connected = worker.connect_weights(sender.messages())
+    assert (connected["weights"], connected["loaders"]) == (6, ["scale"] if computes else [])
+    expected = Model()
+    for version in (6, 7):
+        sender.change()
+        thread = sender.sending()
+        worker.push_weights(version)
+        thread.join(deadline(10))
+        expected.load_weights(sender.full.items())
+        if computes:
+            expected.scale.data /= 2
+        assert all(map(torch.equal, worker.model.parameters(), expected.parameters()))
+        assert sender.words[ROUND].tolist()[:2] == [-1, 0], "ready for the next push"
+    sender.change()
+    thread = sender.sending()
+    assert worker.update_weights_from_ipc_handles(sender.messages())["version"] == 8
+    thread.join(deadline(10))
+    assert computes or worker.holds(sender.full)
+    thread = sender.sending()
+    with pytest.raises(HandleError, match="at version 8, the push is of 9"):
+        worker.push_weights(9)
+    thread.join(deadline(10))
+    worker.disconnect_weights()
+
+
+def test_both_sides_of_a_round_wait_no_longer_than_they_should(monkeypatch):
+    monkeypatch.setattr(u, "ROUND_S", 0.2)
+    sender = Sender()
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+    with pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0 of its weights"):
+        worker.push_weights(5)
+    with pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
+        u.send_rounds(sender.words[ROUND], sender.rounds())
+    monkeypatch.undo()
+    sender.change()
+    thread = sender.sending()
+    worker.push_weights(6)
+    thread.join(deadline(10))
+    assert worker.holds(sender.full), "what has failed before leaves no trace"
+
+
+def test_nobody_waits_for_a_process_that_has_ended():
+    sender = Sender()
+    word = sender.words[ROUND]
+    with subprocess.Popen(["sleep", "600"]) as other:
+        word[3] = other.pid
+        threading.Timer(0.5, lambda: other.kill() or other.wait()).start()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
+            u.send_rounds(word, sender.rounds())
+    with subprocess.Popen(["sleep", "600"]) as other:
+        word[2] = other.pid
+        threading.Timer(0.5, lambda: other.kill() or other.wait()).start()
+        worker = Worker()
+        worker.connect_weights(sender.messages())
+        with pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0"):
+            worker.push_weights(5)
+    assert time.monotonic() - start < u.ROUND_S
+
+
+def test_a_trainer_that_fails_in_a_round_holds_no_worker_up():
+    sender = Sender()
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+
+    def two_rounds():
+        rounds = sender.rounds()
+        yield next(rounds)
+        yield next(rounds)
+        raise ConnectionError("another trainer is gone")
+
+    start = time.monotonic()
+    thread = threading.Thread(target=worker.reply_to_call, args=("push_weights", 5))
+    thread.start()
+    with pytest.raises(ConnectionError):
+        u.send_rounds(sender.words[ROUND], two_rounds())
+    thread.join(deadline(30))
+    assert not thread.is_alive() and time.monotonic() - start < u.ROUND_S
+
+
+def test_a_worker_that_fails_in_a_round_holds_no_trainer_up():
+    sender = Sender()
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+    worker._plan.rounds[1].local.append((torch.zeros(2), torch.zeros(3)))
+    thread = sender.sending()
+    assert "RuntimeError" in worker.reply_to_call("push_weights", 5)["kind"]
+    thread.join(deadline(10))
+    assert not thread.is_alive() and sender.words[ROUND].tolist()[:2] == [-1, 0]
 
 
 def test_pieces_that_several_gpus_hold_are_read_once_and_from_the_own_gpu():

@@ -131,7 +131,7 @@ def test_a_push_does_what_the_loader_does(read, order):
 
 def test_copies_bring_in_what_is_only_moved_and_loaders_what_is_computed():
     _, _, plan = push(plainly)
-    assert (len(plan.copies), plan.recording.loaders) == (3, [])
+    assert (len(plan.rounds[0].local), plan.recording.loaders) == (3, [])
     for moved in (lambda w: w.to("cpu", copy=False), lambda w: w.narrow(0, 0, 6), lambda w: w[...].detach()):
         assert not record(whole(lambda m, w, moved=moved: m.fused.data.copy_(moved(w))), TWO).loaders
     recording = record(whole(lambda m, w: m.fused.data.copy_(w + 1)), TWO)
@@ -315,7 +315,8 @@ def test_a_push_of_another_version_is_refused():
     for first, then, says in ((5, -1, "version 5 then -1"), (-1, 5, "version -1 then 5")):
         version.fill_(first)
         Interrupts.then = then
-        plan.copies[1] = (plan.copies[1][0], values["lower"].as_subclass(Interrupts))
+        copies = plan.rounds[0].local
+        copies[1] = (copies[1][0], values["lower"].as_subclass(Interrupts))
         with pytest.raises(HandleError, match=f"{says}, the push is of 5"):
             plan.push(5)
 

@@ -53,7 +53,7 @@ own, other = s.shards(weights, 2)
 pieces = {n: [*own[n], *(dataclasses.replace(p, remote=True) for p in other[n])] for n in weights}
 pieces[VERSION] = [Piece.of(torch.zeros((), dtype=torch.int64, device="meta"))]
 plan = CopyPlan(model, None, recording, pieces)
-found["split"] = [sum(dst.nbytes for dst, _ in copies) for copies in (plan.copies, plan.remote)]
+found["split"] = [sum(dst.nbytes for dst, _ in copies) for copies in (plan.rounds[0].local, plan.rounds[0].remote)]
 
 import transformers
 from torch.distributed.fsdp import fully_shard

@@ -38,6 +38,8 @@ CASES = {
     "llama-half replicated": ("llama-half", 0, {"kl_coef": 0.1}),
     "llama-half 2": ("llama-half", 2, {"kl_coef": 0.1}),
 }
+# Those whose weights engines read through a buffer: {case: its bytes}.
+BUCKETS = {"qwen2 4": 12_000, "qwen3_moe 4": 100, "llama-half 2": 10**9}
 # Those that save after the first step: {case: the replica that does}.
 SAVES = {"qwen2 2": 1, "qwen2 replicated": 2}
 # {case: (of which case's checkpoint it goes on, trainers of a replica)}: one step, which must be that case's second.
@@ -123,7 +125,9 @@ def test_bytes_per_parameter():
     assert memory.trainer_bytes(replace(fsdp, offload_optimizer=True), 200) == (600, 1800), "masters stay"
     assert memory.trainer_bytes(replace(fsdp, steps=0), 200) == (600, 600)
     assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2000)
-    assert memory.trainer_bytes(replace(fsdp, push="gather"), 200) == (1800, 2200), "and all weights, 2 bytes each"
+    gathered = replace(fsdp, push="gather")
+    assert memory.trainer_bytes(gathered, 200) == (1800, 2200), "and a buffer, which holds all weights, 2 bytes each"
+    assert memory.trainer_bytes(gathered, 10**9)[0] - memory.trainer_bytes(fsdp, 10**9)[0] == 256 * 10**6
 
 
 TOPOLOGY = """ \t\x1b[4mGPU0\tGPU1\tGPU2\x1b[0m\t
@@ -166,12 +170,12 @@ def test_shards_on_gpus_that_cannot_read_each_other_are_gathered():
     assert stop.value.code == USAGE
 
 
-def test_shards_that_are_to_be_gathered_are_chosen_so_that_the_copy_fits():
+def test_shards_that_are_to_be_gathered_are_chosen_so_that_the_buffer_fits():
     from colocate.preflight import choose_push
 
     def check(config: Config) -> None:
         config, _ = choose_push(config, {(0, 1), (2, 3)})
-        if memory.trainer_bytes(config, 100)[1] > 750:  # shards of 2: 900, and 200 for the copy
+        if memory.trainer_bytes(config, 100)[1] > 750:  # shards of 2: 900, and 200 for the buffer
             raise Stop("does not fit")
 
     chosen, _ = memory.choose_trainer(Config(num_gpus=4, tensor_parallel_size=1), "X", True, check)
@@ -215,13 +219,13 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
     import torch
 
     from colocate.learner import Learner
-    from colocate.sharding import Shard, Whole
+    from colocate.sharding import hold
     from rlhf_utils import Piece, checkpoint_tensors
 
     rank = torch.distributed.get_rank()
     world = torch.distributed.get_world_size()
     model = model_of(family)
-    held = Shard(model, size, torch.device("cpu")) if size else Whole(model)
+    held = hold(model, torch.device("cpu"), size, BUCKETS.get(case))
     common = {"learning_rate": 1e-3, "epsilon": 0.2, "kl_coef": 0.0, "offload": False, "micro_batch_size": 1}
     learner = Learner(model, True, held=held, **common | options)
     addresses = [w.data_ptr() for w in held.memory.values()]
@@ -251,7 +255,22 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
     for name, piece in checkpoint_tensors(model, held.memory):
         piece = piece if isinstance(piece, Piece) else Piece.of(piece)
         pieces[name] = (piece.tensor.clone(), piece.full, piece.start)
-    torch.save({"rows": rows, "scaled": scaled, "pieces": pieces}, folder / f"{case}-{rank}.pt")
+    rounds = gathered(model, held, BUCKETS[case]) if case in BUCKETS else []
+    torch.save({"rows": rows, "scaled": scaled, "pieces": pieces, "rounds": rounds}, folder / f"{case}-{rank}.pt")
+
+
+def gathered(model, held, bucket: int) -> list[dict]:
+    """{weight: its values}, of each round."""
+    from rlhf_utils import checkpoint_tensors
+
+    weights = dict(checkpoint_tensors(model, held.exported(), held.round_of))
+    rounds = []
+    for number in held.rounds():
+        rounds.append({n: piece.tensor.clone() for n, piece in weights.items() if piece.round == number})
+    assert sum(map(len, rounds)) == len(weights)
+    largest = max(p.numel() * held.memory[name].itemsize for name, p in held.parameters.items())
+    assert held.buffer.nbytes <= max(bucket, -(-largest // 64) * 64), "no larger than it must be"
+    return rounds
 
 
 def trainer(folder: str, rank: int, world: int, port: int) -> None:
@@ -363,6 +382,19 @@ def test_sharded_trainers_step_as_replicas_do(found, case):
         for name, (tensor, *_) in one["pieces"].items():
             assert torch.equal(tensor, found[case][i % size]["pieces"][name][0]), "replicas are bitwise the same"
     assert distance(weights(found[case][:size]), weights(expected[:1])) < 1e-2
+
+
+@pytest.mark.parametrize("case", BUCKETS)
+def test_shards_are_gathered_through_a_buffer(found, case):
+    import torch
+
+    expected = weights(found[case][: CASES[case][1]])
+    nbytes = sum(tensor.nbytes for tensor in expected.values())
+    for one in found[case]:
+        assert (len(one["rounds"]) > 1) == (nbytes > BUCKETS[case])
+        values = {name: tensor for part in one["rounds"] for name, tensor in part.items()}
+        assert values.keys() == expected.keys()
+        assert all(torch.equal(values[name], expected[name]) for name in values)
 
 
 @pytest.mark.parametrize("case", [*RESUMES, *ALONE])
