@@ -470,10 +470,18 @@ class Colocation:
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
         """What reads the trainers' weights, of all engines: with --push gather they come in rounds meanwhile."""
-        wait = self.fleet.begin(self.trainers, "send_rounds") if self.config.push == "gather" else None
-        yield
-        if wait:
-            wait()
+        if self.config.push != "gather":
+            yield
+            return
+        wait = self.fleet.begin(self.trainers, "send_rounds")
+        try:
+            yield
+        except Lost:
+            raise
+        except Stop:
+            wait()  # a trainer's own error says more
+            raise
+        wait()
 
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""

@@ -190,8 +190,9 @@ def send_rounds(word: torch.Tensor, rounds: Iterable[int]) -> None:
     taken = True
     try:
         for number in rounds:
-            word[0] = number
+            word[0] = number if taken else -1
             taken = taken and _wait(lambda: int(word[1]) > number, ended)  # noqa: B023
+            word[0] = -1  # before the buffer changes
     finally:
         word[:3].copy_(torch.tensor([-1, 0, 0]))  # who still waits for more need not
     if not taken:
@@ -210,13 +211,17 @@ def _wait(ready: Callable[[], bool], ended: Callable[[], bool]) -> bool:
 
 def _ended(process: torch.Tensor) -> Callable[[], bool]:
     """Tells whether a process of this number was there, and is not any more: it may never have been to be seen."""
-    seen = False
+
+    def alive() -> bool:
+        return os.path.exists(f"/proc/{int(process)}/exe")  # which a process that has ended, but is not reaped, has not
+
+    seen = alive()
 
     def ended() -> bool:
         nonlocal seen
-        alive = os.path.exists(f"/proc/{int(process)}")
-        seen = seen or alive
-        return seen and not alive
+        now = alive()
+        seen = seen or now
+        return seen and not now
 
     return ended
 
@@ -423,8 +428,8 @@ class CopyPlan:
         self.weights = weights
         self.versions = [piece.tensor for piece in weights[VERSION]]
         targets = {n: p.data for n, p in (*model.named_parameters(), *model.named_buffers())}
-        # One round, unless the trainer sends its weights in several.
-        self.rounds: dict[int, CopyGraph] = defaultdict(lambda: CopyGraph(self.versions))
+        # One round, unless the trainer sends its weights in several. (No lambda: a cycle would keep the memory mapped.)
+        self.rounds: dict[int, CopyGraph] = defaultdict(functools.partial(CopyGraph, self.versions))
         for c in recording.copies:
             for piece in weights[c.weight]:
                 if part := c.source.cut(piece.full, piece.start, piece.tensor.shape):
@@ -443,15 +448,16 @@ class CopyPlan:
 
         The version is read from the trainer's memory before and after the copies: a step that has not finished and one
         that began meanwhile show, and so does the mapping of a trainer that is gone, as its version stands still. That
-        holds if no version is ever given out twice, not by the next trainer either.
+        holds if no version is ever given out twice, not by the next trainer either. What the trainer has gathered from
+        others is as its own version says only if theirs is the same: each of their workers finds out.
         """
         seen: list[int] = []
-        for_loaders = self._copy(seen)
-        if self.recording.loaders:
-            _load_weights(self.model, self.vllm_config, for_loaders, self.recording.reload)
-            seen += [int(version) for version in self.versions]
-        for name, _ in for_loaders:
-            raise RuntimeError(f"vLLM's loaders did not take {name}")
+        with contextlib.closing(self._copy(seen)) as for_loaders:
+            if self.recording.loaders:
+                _load_weights(self.model, self.vllm_config, for_loaders, self.recording.reload)
+                seen += [int(version) for version in self.versions]
+            for name, _ in for_loaders:  # it goes through the rounds that are left
+                raise RuntimeError(f"vLLM's loaders did not take {name}")
         if version < 0 or set(seen) != {version}:
             raise HandleError(
                 f"a trainer has weights at version {' then '.join(map(str, dict.fromkeys(seen)))}, the push is of "
@@ -461,15 +467,15 @@ class CopyPlan:
     def _copy(self, seen: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
         """Replay the copies, round after round, and note the versions. Yields what must go through vLLM's loaders."""
         loaders = set(self.recording.loaders)
-        for number, names in arriving(self.weights):
-            copies = self.rounds[number]
-            copies.replay()
-            for name in names:
-                if name in loaders:
-                    weight = whole(self.weights[name])
-                    # A layerwise reload keeps it until its layer is complete.
-                    yield name, weight.clone() if ROUND in self.weights else weight
-            seen += copies.seen.flatten().tolist()  # waits for the copies
+        with contextlib.closing(arriving(self.weights)) as rounds:
+            for number, names in rounds:
+                copies = self.rounds[number]
+                copies.replay()
+                for name in names if loaders else ():
+                    if name in loaders:
+                        weight = whole(self.weights[name])
+                        yield name, weight.clone() if ROUND in self.weights else weight  # loaders may keep it
+                seen += copies.seen.flatten().tolist()  # waits for the copies
 
 
 class CopyGraph:
@@ -484,6 +490,7 @@ class CopyGraph:
         self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.seen = torch.full((2, len(versions)), -1, dtype=torch.int64, device=versions[0].device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.table: torch.Tensor | None = None  # what the graph reads
 
     @property
     def remote_bytes(self) -> int:
@@ -519,8 +526,8 @@ class CopyGraph:
         table, others = _tiles(self.remote)
         blocks = 64 if 5 * self.remote_bytes < self.nbytes else 96  # see `_copy_tiles`
         copies = [_widened(dst, src) for dst, src in sorted([*self.local, *others], key=lambda c: -c[0].nbytes)]
-        self.table = None if table is None else table.to(self.seen.device)  # as long as the graph
         if table is not None:
+            self.table = table.to(self.seen.device)
             _copy_tiles(self.table, 0, blocks)  # compiles it, outside of the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -717,15 +724,15 @@ def arriving(weights: dict[str, list[Piece]]) -> Iterator[tuple[int, list[str]]]
     """(round, names of the weights that are there): of all at once, unless the trainer sends them in rounds.
 
     Then it must be doing so (`send_rounds`), and they are gone when the loop goes on: what was launched on the current
-    stream by then may still read them. Raises RuntimeError if a round does not come, see there.
+    stream by then may still read them. Raises RuntimeError if a round does not come, or was over before it was read.
     """
-    rounds: dict[int, list[str]] = {}
-    for name, pieces in weights.items():
-        if name not in WORDS:
-            rounds.setdefault(pieces[0].round, []).append(name)
+    names = [name for name in weights if name not in WORDS]
     if ROUND not in weights:
-        yield from rounds.items()
+        yield 0, names
         return
+    rounds: dict[int, list[str]] = {}
+    for name in names:
+        rounds.setdefault(weights[name][0].round, []).append(name)
     word = weights[ROUND][0].tensor
     word[3] = os.getpid()
     ended = _ended(word[2])
@@ -734,6 +741,8 @@ def arriving(weights: dict[str, list[Piece]]) -> Iterator[tuple[int, list[str]]]
             if not _wait(lambda: int(word[0]) == number, ended):  # noqa: B023
                 raise RuntimeError(f"the trainer on this GPU has not sent round {number} of its weights")
             yield number, rounds[number]
+            if int(word[0]) != number:
+                raise RuntimeError(f"the trainer on this GPU has not waited until round {number} was read")
             word[1] = number + 1
     except BaseException:  # the loop was left: the trainer need not wait
         word[1] = len(rounds)
@@ -843,6 +852,9 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
         if counts[VERSION] != 1 or shapes[VERSION] != ((), torch.int64):
             wrong.append(f"missing: {VERSION} ({sender}): export it beside the weights, an int64 scalar")
+        in_rounds = any(w["round"] for w in message["weights"])
+        if (in_rounds or ROUND in counts) and (shapes.get(ROUND) != ((4,), torch.int64) or message["readers"]):
+            wrong.append(f"missing: {ROUND} ({sender}): export it beside weights in rounds, int64 (4,), for one reader")
     for reader in [] if wrong else readers:
         readable = [boxes[sender] for sender, message in messages.items() if _may_read(reader, sender, message)]
         for name, (shape, _) in shapes.items():

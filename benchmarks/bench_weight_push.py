@@ -10,8 +10,8 @@ compared bitwise after it. Times are of whole calls as the driver sees them, in 
 cache is a number of its own.
 
 With --trainer fsdp the push is out of shards. It has a second floor then: what lies on other GPUs, at the rate of a
-plain copy over NVLink. With --push gather, beside it, all methods take whole weights, which the trainers gather for
-each push anew: the times have that in them. The peers want all weights at once: with a --bucket-mb that holds them.
+plain copy over NVLink. With --push gather, beside it, the trainers gather the weights for each push anew: the times
+have that in them. The peers want all weights at once: they take part with a --bucket-mb that holds them.
 
 --soak N: N more recorded pushes. The trainers overwrite all weights as soon as each has answered, while the workers
 look for an element of the next values. (What grows over many pushes is for soak.py.)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import statistics
@@ -266,7 +265,7 @@ class PeerColocation(rc.Colocation):
         used = max(self.on_workers("gpu_used_bytes"))
         self.connect()
         self.extra_gpu_bytes = max(self.on_workers("gpu_used_bytes")) - used
-        methods = ["simple", "recorded"]
+        methods = ["recorded"] if self.config.push == "gather" else ["simple", "recorded"]
         if not whole:
             return methods
         if not any(w["loaders"] for w in self.report.data["connect"]["workers"]):
@@ -287,11 +286,10 @@ class PeerColocation(rc.Colocation):
         gathers = self.config.push == "gather"
         if method in ("simple", "recorded"):
             before = self.config
-            with self.gathering() if gathers and method == "simple" else contextlib.nullcontext():
-                if not gathers or method == "simple":
-                    self.config = dataclasses.replace(self.config, push=method)
-                push = self.push()
-                self.config = before
+            if not gathers:
+                self.config = dataclasses.replace(self.config, push=method)
+            push = self.push()
+            self.config = before
             return push | {"wall_ms": push["wall_ms"] - push["reset_ms"]}
         start = time.perf_counter()
         if gathers:

@@ -207,8 +207,8 @@ def shard_pushes() -> str:
         for row in r["rows"]:
             method = METHODS[row["method"]]
             if row["push"] == "gather":
-                rounds = f" in rounds of {row['bucket_mb']} MB" if "bucket_mb" in row else ""
-                method = f"gathered{rounds}, then {method}"
+                rounds = f"{method}, gathered in rounds of {row.get('bucket_mb')} MB"
+                method = rounds if "bucket_mb" in row else f"gathered, then {method}"
             figures = [row.get(column) for column in columns]
             cells = ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in figures]
             where = f"{row['model']}, {row['layout']}, shards of {row['shard_size']}"

@@ -131,7 +131,7 @@ class Config:
     )
     bucket_mb: int = flag(
         256,
-        "--push gather: size, MB, of the buffer on each GPU through which it goes (the largest weight's, at least)",
+        "--push gather: MB of the buffer on each GPU through which it goes (but at least the largest parameter's)",
         at_least=1,
     )
     max_tokens: int = flag(16, "tokens to generate per completion, at most", at_least=1)

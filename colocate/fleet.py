@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from colocate.report import Report
 
 PING_S = 10.0  # enough for an actor that is not stuck
+TOGETHER = ("train", "push", "verify")  # stages in which trainers may wait for one another
 EXIT_CODES = {"NotHandled": MISSING}  # by the kind of an actor's error: this model cannot be pushed, no check failed
 OUT_OF_MEMORY = {  # stage -> what to type
     "train": "--sleep-level 2 (unless it was 2), --tokens-per-micro-batch 1024, --gradient-checkpointing, or a lower "
@@ -240,8 +241,8 @@ class Fleet:
         """All actors that have to be replaced: the lost, those that Ray knows to be dead, and those that do not answer.
 
         The busy are waited for until the stage's deadline: they may hold all that is left of the trainers' state. But
-        an all-reduce with a missing peer hangs forever: if one was lost in an optimizer step, or is lost while others
-        are waited for, those that were in it have PING_S to answer.
+        an all-reduce with a missing peer hangs forever: if one was lost in a stage in which they do something together,
+        or is lost while others are waited for, those that were in it have PING_S to answer.
         """
         for line in self.watch.settle():
             self.report("lost", line)
@@ -251,7 +252,7 @@ class Fleet:
         end = max(self.deadline()[0], time.monotonic() + PING_S)
         announced: set[str] = set()
         while busy:  # in turns of PING_S: who is stuck depends on who has been lost by then
-            kinds = {name.split()[0] for name in gone if lost.during == "train"}
+            kinds = {name.split()[0] for name in gone if lost.during in TOGETHER}
             stuck = {name for name in busy if name.split()[0] in kinds}
             left = end - time.monotonic()
             if announced != (stuck or busy):

@@ -30,7 +30,8 @@ def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
     """(between steps, at most during one): weights, masters and moments (12 bytes per parameter), gradient (4).
 
     And with --kl-coef a copy of the weights. Shards are that many times smaller; their masters are never offloaded.
-    --push gather has its buffer. Activations are not counted, nor the layers that FSDP gathers.
+    --push gather has its buffer. Activations are not counted, nor the layers that FSDP gathers, nor that a parameter
+    may be larger than the buffer.
     """
     sharded = config.trainer == "fsdp"
     gathered = min(parameters * itemsize(config), config.bucket_bytes or 0)

@@ -296,12 +296,13 @@ class Gathered(Shard):
     def rounds(self) -> Iterator[int]:
         """One parameter at a time. All trainers of the replica must go through all rounds together."""
         views = self.exported()
+        last = max(self.round_of.values())
         for number, names in itertools.groupby(self.round_of, self.round_of.get):
             for name in names:
                 views[name].copy_(self.placed(name, self.memory[name]).full_tensor().detach())
+            if number == last and self.buffer.is_cuda:
+                torch.cuda.empty_cache()  # of the largest: an engine may need it
             yield number
-        if self.buffer.is_cuda:
-            torch.cuda.empty_cache()  # of the largest: an engine may need it
 
     def gather_names(self, name: str) -> list[str]:
         """None: a worker finds all that it needs on its own GPU."""

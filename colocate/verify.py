@@ -8,6 +8,7 @@ elements exactly once follows from that recording.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Iterable
@@ -311,13 +312,14 @@ def compare_weights(
     arrived = {}
     checked = 0
     wrong = Counter()
-    for name in (name for _, names in arriving(weights) for name in names):
-        arrived |= {piece.named(name): digest(piece.tensor) for piece in weights[name]}
-        weight = whole(weights[name])
-        for region in regions.pop(name, []):
-            have = parameters[region.parameter][region.dst]
-            checked += have.numel()
-            wrong[region.parameter] += differing(have, region.source(weight))
+    with contextlib.closing(arriving(weights)) as rounds:
+        for name in (name for _, names in rounds for name in names):
+            arrived |= {piece.named(name): digest(piece.tensor) for piece in weights[name]}
+            weight = whole(weights[name])
+            for region in regions.pop(name, []):
+                have = parameters[region.parameter][region.dst]
+                checked += have.numel()
+                wrong[region.parameter] += differing(have, region.source(weight))
     for region in (region for missing in regions.values() for region in missing):
         count = parameters[region.parameter][region.dst].numel()
         checked += count

@@ -22,6 +22,8 @@ import time
 import uuid
 from pathlib import Path
 
+from running import NOT_NICE
+
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "10.77.0"
 PORT = 6379
@@ -198,7 +200,7 @@ class Hosts:
         else:
             command.append(f"--address={self.address}")
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "TMPDIR")}
-        clean |= self.env | {"RAY_USAGE_STATS_ENABLED": "0"}
+        clean |= self.env | {"RAY_USAGE_STATS_ENABLED": "0", **NOT_NICE}
         host.run(*command, *options, env=clean | (env or {}), cwd="/", timeout=120)
 
     @property

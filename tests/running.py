@@ -19,6 +19,8 @@ from colocate.config import PASS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+# For a Ray that is not the script's own, whose processes would wait for any other program (docs/traps.md).
+NOT_NICE = {"RAY_worker_niceness": "0"}
 TOKENS = 24  # of a completion, in the drills' runs
 # Thirteen steps with two trainers and one engine: the drills' longest run, and what it must come to.
 LONG = ["--num-gpus", "2", "--tensor-parallel-size", "2", "--dtype", "float32", "--max-tokens", str(TOKENS)]

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from running import deadline
+from running import NOT_NICE, deadline
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = (ROOT / "rlhf_colocate.py").read_text()
@@ -98,7 +98,12 @@ def test_all_parts_that_people_copy_are_named():
 def run_alone(folder: Path, *arguments: str) -> str:
     """Run Python in a folder from which nothing else of ours can be imported; what it prints."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = {"cwd": folder, "env": env | {"VLLM_CPU_KVCACHE_SPACE": "1"}, "capture_output": True, "text": True}
+    options = {
+        "cwd": folder,
+        "env": env | {"VLLM_CPU_KVCACHE_SPACE": "1", **NOT_NICE},
+        "capture_output": True,
+        "text": True,
+    }
     done = subprocess.run([sys.executable, *arguments], timeout=deadline(600), **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import deadline
+from running import NOT_NICE, deadline
 
 from benchmarks.traces import Traces
 
@@ -32,7 +32,7 @@ def run(folder: Path, example: str, *arguments: str) -> str:
         shutil.copy(file, folder)
     traces = Traces()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | traces.env
-    env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", **NOT_NICE}
     command = [sys.executable, example, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=deadline(600), env=env)
     assert done.returncode == 0, done.stdout + done.stderr

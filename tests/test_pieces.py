@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -169,27 +170,48 @@ def test_a_push_through_a_buffer_brings_the_weights_in_rounds(computes):
         worker.model.load_weights = lambda weights: halve_scale(worker.model, weights)
     connected = worker.connect_weights(sender.messages())
     assert (connected["weights"], connected["loaders"]) == (6, ["scale"] if computes else [])
-    expected = Model()
+
+    def holds_all() -> bool:
+        expected = Model()
+        expected.load_weights(sender.full.items())
+        if computes:
+            expected.scale.data /= 2
+        return all(map(torch.equal, worker.model.parameters(), expected.parameters()))
+
     for version in (6, 7):
         sender.change()
         thread = sender.sending()
         worker.push_weights(version)
-        thread.join(deadline(10))
-        expected.load_weights(sender.full.items())
-        if computes:
-            expected.scale.data /= 2
-        assert all(map(torch.equal, worker.model.parameters(), expected.parameters()))
+        thread.join(deadline(30))
+        assert holds_all()
         assert sender.words[ROUND].tolist()[:2] == [-1, 0], "ready for the next push"
     sender.change()
     thread = sender.sending()
     assert worker.update_weights_from_ipc_handles(sender.messages())["version"] == 8
-    thread.join(deadline(10))
-    assert computes or worker.holds(sender.full)
+    thread.join(deadline(30))
+    assert holds_all()
     thread = sender.sending()
     with pytest.raises(HandleError, match="at version 8, the push is of 9"):
         worker.push_weights(9)
-    thread.join(deadline(10))
+    thread.join(deadline(30))
     worker.disconnect_weights()
+
+
+def test_a_version_that_changes_between_rounds_is_refused():
+    sender = Sender()
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+
+    def rounds():
+        for number in sender.rounds():
+            sender.words[VERSION].fill_(6 if number == 1 else 5)
+            yield number
+
+    thread = threading.Thread(target=u.send_rounds, args=(sender.words[ROUND], rounds()))
+    thread.start()
+    with pytest.raises(HandleError, match="at version 5 then 6, the push is of 5"):
+        worker.push_weights(5)
+    thread.join(deadline(30))
 
 
 def test_both_sides_of_a_round_wait_no_longer_than_they_should(monkeypatch):
@@ -199,32 +221,65 @@ def test_both_sides_of_a_round_wait_no_longer_than_they_should(monkeypatch):
     worker.connect_weights(sender.messages())
     with pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0 of its weights"):
         worker.push_weights(5)
+    filled = []
     with pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
-        u.send_rounds(sender.words[ROUND], sender.rounds())
+        u.send_rounds(sender.words[ROUND], (filled.append(number) or number for number in sender.rounds()))
+    assert filled == [0, 1, 2, 3], "others may be waiting for it to take part"
     monkeypatch.undo()
     sender.change()
     thread = sender.sending()
     worker.push_weights(6)
-    thread.join(deadline(10))
+    thread.join(deadline(30))
     assert worker.holds(sender.full), "what has failed before leaves no trace"
 
 
-def test_nobody_waits_for_a_process_that_has_ended():
+@pytest.mark.parametrize("held_up_in", range(4))
+def test_a_worker_that_reads_longer_than_the_trainer_waits_finds_out(monkeypatch, held_up_in):
+    sender = Sender()
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+    copies = worker._plan.rounds[held_up_in]
+    replay = copies.replay
+
+    def late() -> None:
+        thread.join(deadline(30))
+        replay()
+
+    copies.replay = late
+    monkeypatch.setattr(u, "ROUND_S", 0.2)
+    failed = []
+
+    def send() -> None:
+        try:
+            u.send_rounds(sender.words[ROUND], sender.rounds())
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(RuntimeError, match="the trainer on this GPU has not"):
+        worker.push_weights(5)
+    assert failed == ["the worker on this GPU has not taken the weights"]
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_nobody_waits_for_a_process_that_has_ended(reaped):
     sender = Sender()
     word = sender.words[ROUND]
-    with subprocess.Popen(["sleep", "600"]) as other:
-        word[3] = other.pid
-        threading.Timer(0.5, lambda: other.kill() or other.wait()).start()
-        start = time.monotonic()
-        with pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
-            u.send_rounds(word, sender.rounds())
-    with subprocess.Popen(["sleep", "600"]) as other:
-        word[2] = other.pid
-        threading.Timer(0.5, lambda: other.kill() or other.wait()).start()
-        worker = Worker()
-        worker.connect_weights(sender.messages())
-        with pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0"):
-            worker.push_weights(5)
+    worker = Worker()
+    worker.connect_weights(sender.messages())
+
+    def ends(place: int) -> subprocess.Popen:
+        other = subprocess.Popen(["sleep", "600"])
+        word[place] = other.pid
+        threading.Timer(0.5, lambda: other.kill() or (reaped and other.wait())).start()
+        return other
+
+    start = time.monotonic()
+    with ends(3), pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
+        u.send_rounds(word, sender.rounds())
+    with ends(2), pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0"):
+        worker.push_weights(5)
     assert time.monotonic() - start < u.ROUND_S
 
 
@@ -240,12 +295,14 @@ def test_a_trainer_that_fails_in_a_round_holds_no_worker_up():
         raise ConnectionError("another trainer is gone")
 
     start = time.monotonic()
-    thread = threading.Thread(target=worker.reply_to_call, args=("push_weights", 5))
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(worker.reply_to_call("push_weights", 5)))
     thread.start()
     with pytest.raises(ConnectionError):
         u.send_rounds(sender.words[ROUND], two_rounds())
     thread.join(deadline(30))
-    assert not thread.is_alive() and time.monotonic() - start < u.ROUND_S
+    assert time.monotonic() - start < u.ROUND_S
+    assert "the trainer on this GPU has not sent round 2" in replies[0]["error"]
 
 
 def test_a_worker_that_fails_in_a_round_holds_no_trainer_up():
@@ -255,8 +312,41 @@ def test_a_worker_that_fails_in_a_round_holds_no_trainer_up():
     worker._plan.rounds[1].local.append((torch.zeros(2), torch.zeros(3)))
     thread = sender.sending()
     assert "RuntimeError" in worker.reply_to_call("push_weights", 5)["kind"]
-    thread.join(deadline(10))
+    thread.join(deadline(30))
     assert not thread.is_alive() and sender.words[ROUND].tolist()[:2] == [-1, 0]
+
+
+def test_weights_in_rounds_without_their_word_are_refused():
+    sender = Sender()
+    message = u.export_handles([*sender.weights.items(), (VERSION, sender.words[VERSION])])
+    several = u.export_handles([*sender.weights.items(), *sender.words.items()], ["cpu", "GPU-1"])
+    for messages in ({"cpu": message}, {"cpu": several}):
+        with pytest.raises(HandleError, match=r"missing: rlhf.round \(cpu\): export it beside weights in rounds"):
+            Worker().connect_weights(messages)
+
+
+def test_what_is_not_connected_any_more_is_not_mapped():
+    """Without the collector of cycles: a trainer's memory stays taken as long as it is mapped."""
+    shards = Shards(1)
+    worker = Worker()
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("rlhf-weights")
+
+    worker.update_weights_from_ipc_handles(shards.messages())  # imports what holds its frames
+    gc.collect()
+    gc.disable()
+    try:
+        before = mapped()
+        for _ in range(3):
+            worker.update_weights_from_ipc_handles(shards.messages())
+            worker.connect_weights(shards.messages())
+            worker.push_weights(5)
+            assert mapped() > before
+            worker.disconnect_weights()
+            assert mapped() == before
+    finally:
+        gc.enable()
 
 
 def test_pieces_that_several_gpus_hold_are_read_once_and_from_the_own_gpu():
