@@ -227,7 +227,7 @@ def check(*weights: dict, others: tuple[dict, ...] | None = None) -> rlhf_utils.
 
 
 def weight(name: str, shape=(4, 3), dtype: str = "float32") -> dict:
-    whole = {"full": list(shape), "start": [0] * len(shape)}
+    whole = {"full": list(shape), "start": [0] * len(shape), "round": 0}
     return {"name": name, "shape": list(shape), "stride": [3, 1], "dtype": dtype, "offset": 0, "storage": 0} | whole
 
 
