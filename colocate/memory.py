@@ -150,7 +150,8 @@ def choose_trainer(
         return True
 
     n = config.num_gpus
-    asked = config.trainer == "fsdp" or (config.trainer == "auto" and config.shard_size is not None)
+    wants_shards = config.shard_size is not None or config.push == "gather"
+    asked = config.trainer == "fsdp" or (config.trainer == "auto" and wants_shards)
     message = f"--trainer fsdp shards a model by its layers, and those of {architecture} were not found"
     refuse_unless(can_shard or not asked, f"{message}. Try: --trainer replicated")
     if asked and config.shard_size:

@@ -103,8 +103,10 @@ def test_a_replica_is_as_small_as_memory_allows():
     assert choose(899, **eight)[:2] == ("fsdp", 4)
     assert choose(1, **eight)[:2] == ("fsdp", 8), "whose message says what is missing"
     assert choose(1799, num_gpus=8, tensor_parallel_size=4)[:2] == ("fsdp", 4)
-    assert choose(9999, trainer="fsdp", **eight)[:2] == ("fsdp", 2)
+    why_asked = "--trainer auto: fsdp with --shard-size 2, the smallest that fits beside an engine"
+    assert choose(9999, trainer="fsdp", **eight) == ("fsdp", 2, why_asked.replace("auto", "fsdp"))
     assert choose(9999, shard_size=4, **eight) == ("fsdp", 4, "")
+    assert choose(9999, push="gather", **eight) == ("fsdp", 2, why_asked), "which is of shards"
     assert choose(1, trainer="replicated", **eight) == ("replicated", 1, "")
     assert choose(1, num_gpus=1, tensor_parallel_size=1) == ("replicated", 1, "")
     assert choose(9999, num_gpus=1, tensor_parallel_size=1, trainer="fsdp")[:2] == ("fsdp", 1)
