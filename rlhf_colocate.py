@@ -483,6 +483,12 @@ class Colocation:
             raise
         wait()
 
+    def compare(self) -> list[dict]:
+        """What `verify.compare` finds on all workers."""
+        handles = self.handles()  # before the trainers send, which keeps them busy
+        with self.gathering():
+            return self.on_workers("colocate.verify:compare", handles, self.digests)
+
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""
         start = time.perf_counter()
@@ -673,9 +679,7 @@ def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
 def compare_elements(colocation: Colocation) -> dict[str, dict]:
     """Every element of every parameter of every worker, against the trainers' weights: {check: what it found}."""
     colocation.compare_replicas()
-    handles = colocation.handles()
-    with colocation.gathering():
-        found = colocation.on_workers("colocate.verify:compare", handles, colocation.digests)
+    found = colocation.compare()
     colocation.fleet.watch.note_files()  # in /dev/shm: by now the workers have mapped all that they share
     return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
 

@@ -80,8 +80,10 @@ class Piece:
     round: int = 0  # the one in which it is there, if the trainer sends its weights in rounds
 
     @staticmethod
-    def of(weight: torch.Tensor, round: int = 0) -> Piece:
-        """All of it."""
+    def of(weight: torch.Tensor | Piece, round: int = 0) -> Piece:
+        """All of it; a Piece as it is."""
+        if isinstance(weight, Piece):
+            return weight
         return Piece(weight, tuple(weight.shape), (0,) * weight.dim(), round=round)
 
     def named(self, weight: str) -> str:
@@ -152,7 +154,7 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
     index: dict[int, int] = {}
     weights = []
     for name, tensor in named_tensors:
-        piece = tensor if isinstance(tensor, Piece) else Piece.of(tensor)
+        piece = Piece.of(tensor)
         tensor = piece.tensor
         storage = tensor.untyped_storage()
         key = storage._cdata

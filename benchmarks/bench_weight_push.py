@@ -117,9 +117,7 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
 
 def compare(colocation: PeerColocation, method: str) -> int:
     """Compare every element with the trainers'. Returns how many of one worker. Raises Stop if one is wrong."""
-    handles = colocation.handles()
-    with colocation.gathering():
-        found = colocation.on_workers("colocate.verify:compare", handles, colocation.digests)
+    found = colocation.compare()
     for kind in ("transport", "placement"):
         check = checks.combine(found, kind)
         if not check["ok"]:

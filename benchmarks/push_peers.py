@@ -66,7 +66,7 @@ def count_rounds(trainer) -> int:
 
 def weights_of(trainer) -> dict:
     """{name: tensor}, of all there is."""
-    return {n: w.tensor if isinstance(w, rlhf_utils.Piece) else w for n, w in trainer.weights.items()}
+    return {name: rlhf_utils.Piece.of(weight).tensor for name, weight in trainer.weights.items()}
 
 
 def send_by_vllm(trainer, engines: list, packed: bool) -> None:

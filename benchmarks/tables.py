@@ -206,9 +206,10 @@ def shard_pushes() -> str:
     for name, r in load(SHARD_PUSHES).items():
         for row in r["rows"]:
             method = METHODS[row["method"]]
-            if row["push"] == "gather":
-                rounds = f"{method}, gathered in rounds of {row.get('bucket_mb')} MB"
-                method = rounds if "bucket_mb" in row else f"gathered, then {method}"
+            if "bucket_mb" in row:
+                method = f"{method}, gathered in rounds of {row['bucket_mb']} MB"
+            elif row["push"] == "gather":  # of a time when all weights were gathered first
+                method = f"gathered, then {method}"
             figures = [row.get(column) for column in columns]
             cells = ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in figures]
             where = f"{row['model']}, {row['layout']}, shards of {row['shard_size']}"

@@ -27,7 +27,7 @@ def weight_digests(trainer) -> dict[str, str]:
 
     import rlhf_utils
 
-    held = {n: w if isinstance(w, rlhf_utils.Piece) else rlhf_utils.Piece.of(w) for n, w in trainer.weights.items()}
+    held = {name: rlhf_utils.Piece.of(weight) for name, weight in trainer.weights.items()}
     digests = {}
     bad = []
     for number in trainer.held.rounds():

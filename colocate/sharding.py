@@ -270,7 +270,7 @@ class Gathered(Shard):
     def __init__(self, model: torch.nn.Module, size: int, device: torch.device, bucket_bytes: int):
         super().__init__(model, size, device)
         self.round_of = {}
-        self.place = {}  # parameter -> (first byte in the buffer, bytes)
+        self.place = {}  # parameter -> its bytes in the buffer
         number = end = largest = 0
         for name, parameter in self.parameters.items():
             nbytes = parameter.numel() * self.memory[name].itemsize
@@ -278,7 +278,7 @@ class Gathered(Shard):
                 number += 1
                 end = 0
             self.round_of[name] = number
-            self.place[name] = end, nbytes
+            self.place[name] = slice(end, end + nbytes)
             end += -(-nbytes // 64) * 64
             largest = max(largest, end)
         self.buffer = torch.empty(largest, dtype=torch.uint8, device=device)
@@ -290,8 +290,8 @@ class Gathered(Shard):
         return [self.buffer]
 
     def exported(self) -> dict[str, torch.Tensor]:
-        bytes_of = {name: self.buffer[start : start + nbytes] for name, (start, nbytes) in self.place.items()}
-        return {n: b.view(self.memory[n].dtype).view(self.parameters[n].shape) for n, b in bytes_of.items()}
+        dtypes = {name: held.dtype for name, held in self.memory.items()}
+        return {n: self.buffer[at].view(dtypes[n]).view(self.parameters[n].shape) for n, at in self.place.items()}
 
     def rounds(self) -> Iterator[int]:
         """One parameter at a time. All trainers of the replica must go through all rounds together."""

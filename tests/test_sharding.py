@@ -255,7 +255,7 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
     learner.restore()
     pieces = {}
     for name, piece in checkpoint_tensors(model, held.memory):
-        piece = piece if isinstance(piece, Piece) else Piece.of(piece)
+        piece = Piece.of(piece)
         pieces[name] = (piece.tensor.clone(), piece.full, piece.start)
     rounds = gathered(model, held, BUCKETS[case]) if case in BUCKETS else []
     torch.save({"rows": rows, "scaled": scaled, "pieces": pieces, "rounds": rounds}, folder / f"{case}-{rank}.pt")
