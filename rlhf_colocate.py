@@ -651,6 +651,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     with stage("rollout"):
         before = every_engine_answers(colocation, task)
         colocation.on_workers("record_weights")
+        colocation.on_workers("colocate.verify:compare_beside")  # remembers what it finds at first
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         colocation.compare_replicas()
@@ -681,7 +682,7 @@ def compare_elements(colocation: Colocation) -> dict[str, dict]:
     colocation.compare_replicas()
     found = colocation.compare()
     colocation.fleet.watch.note_files()  # in /dev/shm: by now the workers have mapped all that they share
-    return {kind: checks.combine(found, kind, colocation.config.strict) for kind in ("transport", "placement")}
+    return {kind: checks.combine(found, kind, colocation.config.strict) for kind in checks.COMPARED}
 
 
 def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> None:

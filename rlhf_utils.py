@@ -292,6 +292,7 @@ class ColocateWorkerExtension:
     """
 
     _plan: CopyPlan | None = None  # set while connected
+    _kept: list[tuple[str, torch.Tensor, torch.Tensor]] | None = None  # (name, tensor, copy), see `_bring_kept_back`
     _recording: tuple[Shapes, Recording] | None = None  # the last recording, and for which weights
 
     def reply_to_call(self, method: str, *args) -> dict:
@@ -326,6 +327,7 @@ class ColocateWorkerExtension:
             by_loaders = dataclasses.replace(recording, copies=[], loaders=names)
             plan = CopyPlan(self.get_model(), self.vllm_config, by_loaders, weights)
             version = int(plan.versions[0])
+            self._bring_kept_back()
             plan.push(version)
         return {
             "version": version,
@@ -339,9 +341,9 @@ class ColocateWorkerExtension:
         """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
         It writes no parameter: the first push does. The engine must be awake. An earlier connection ends with the call.
-        Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "open_ms", "record_ms"}: the
-        trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, and the
-        names of the weights that it must take through vLLM's loaders.
+        Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "kept", "open_ms", "record_ms"}:
+        the trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, the
+        names of the weights that it must take through vLLM's loaders, and of what is kept (see `_bring_kept_back`).
         Raises HandleError unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
@@ -362,6 +364,7 @@ class ColocateWorkerExtension:
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
             "loaders": recording.loaders,
+            "kept": [name for name, _, _ in self._kept],
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),
         }
@@ -374,6 +377,7 @@ class ColocateWorkerExtension:
         if self._plan is None:
             raise RuntimeError("there is no connection to a trainer. Try: connect_weights before push_weights")
         start = time.perf_counter()
+        self._bring_kept_back()
         self._plan.push(version)
         return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
 
@@ -409,7 +413,14 @@ class ColocateWorkerExtension:
         if self._recording is None or self._recording[0] != weights:
             recording = record_loaders(self.get_model(), self.model_config, weights, parallel.tensor_parallel_size)
             self._recording = (weights, recording)
+        if self._kept is None:  # the engine has not slept yet
+            self._kept = [(name, t, t.to("cpu", copy=True)) for name, t in plain_tensors(self.get_model()).items()]
         return self._recording[1]
+
+    def _bring_kept_back(self) -> None:
+        """What sleep level 2 drops, vLLM does not keep (buffers it does), and no weight is: ALiBi's slopes, for one."""
+        for _, tensor, copy in self._kept:
+            tensor.copy_(copy)
 
 
 # ---- Worker: the push. It is the recorded copies, from the trainer's memory, as one CUDA graph ----------------------
@@ -679,6 +690,28 @@ def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]
             raise
     if addresses() != before:
         raise RuntimeError("vLLM's layerwise reload moved a parameter: recorded copies would go to where it was")
+
+
+def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what layers, and vLLM's objects in them, hold on the device beside parameters and buffers.
+
+    Without KV caches, and without what a layer calls its copy on the host, which a rehearsal cannot tell from others.
+    """
+    device = next(model.parameters()).device
+    known = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    found = {}
+    for prefix, module in model.named_modules():
+        holders = {prefix: module}
+        for name, value in vars(module).items():
+            if type(value).__module__.startswith("vllm.") and not isinstance(value, torch.nn.Module):
+                holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
+        for where, holder in holders.items():
+            for name, value in getattr(holder, "__dict__", {}).items():
+                if name == "kv_cache" or name.endswith("_cpu") or not isinstance(value, torch.Tensor):
+                    continue
+                if value.device == device and _storage(value) not in known:
+                    found[f"{where}.{name}"] = value
+    return found
 
 
 # ---- Worker: handles -> tensors -------------------------------------------------------------------------------------

@@ -239,6 +239,9 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     shapes = {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}
     found = {"architecture": layout.architecture, "padding": layout.padding, "processed": layout.processed}
     found["unknown"] = layout.unknown
+    found["kept"] = sorted(u.plain_tensors(model))
+    found["beside"] = sorted(verify.beside(model))
+    found["parameters"] = sorted(parameters)
     found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
     with set_current_vllm_config(config):
         before = digests()

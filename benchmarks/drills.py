@@ -370,6 +370,7 @@ FAULTS = {
     "swap-tensors": ("two weights of one shape are sent under each other's name", "transport"),
     "flip-element": ("one bit of one loaded parameter is flipped", "placement"),
     "wrong-tp-slice": ("rank 0 loads rank 1's slice of one weight", "placement"),
+    "damage-beside": ("a buffer is damaged that no push brings, such as a rotary cache", "beside"),
     "drift-replica": ("the last trainer's weights differ from the others'", "replicas"),
     "skip-push": ("nothing is copied, and the engines are told that it was", "changed"),
 }
@@ -427,12 +428,17 @@ def disturb(worker, kind: str, seconds: float = 0) -> None:
 
 
 def corrupt(worker, messages: dict, fault: str) -> None:
-    """Damage the weights of tensor-parallel rank 0 as a broken push would: "flip-element" or "wrong-tp-slice"."""
+    """Damage what rank 0 has, as a broken push or sleep would: "flip-element", "wrong-tp-slice" or "damage-beside"."""
     import rlhf_utils
 
     if worker.rank != 0:
         return
     parameters = dict(worker.get_model().named_parameters())
+    if fault == "damage-beside":
+        tensor = next(iter(verify.beside(worker.get_model()).values()))
+        worker.__dict__.setdefault("undamaged", (tensor, tensor.clone()))
+        tensor.add_(1)
+        return
     if fault == "flip-element":
         parameter = next(p for p in parameters.values() if p.dim() == 2)
         parameter.data.view(verify.BITS[parameter.dtype.itemsize])[0, 0] ^= 1  # the last row may be padding
@@ -446,6 +452,14 @@ def corrupt(worker, messages: dict, fault: str) -> None:
                 parameter.data.copy_(weight.chunk(tp_size, 1)[1])
                 return
     raise RuntimeError("no weight is cut in columns. Try: --tensor-parallel-size 2")
+
+
+def repair(worker) -> None:
+    """Undo "damage-beside", and forget the first look."""
+    worker.__dict__.pop("_first_beside", None)
+    if undamaged := worker.__dict__.pop("undamaged", None):
+        tensor, before = undamaged
+        tensor.copy_(before)
 
 
 def spoil(trainer, value: float) -> None:
@@ -662,7 +676,7 @@ class Drilled(rc.Colocation):
             self.refused("collective_rpc", "push_weights", self.version)
             self.refused("generate", [[11, 12]], self.version, None, max_tokens=1)
             push = super().push()
-        if self.control in ("flip-element", "wrong-tp-slice"):
+        if self.control in ("flip-element", "wrong-tp-slice", "damage-beside"):
             self.on_workers(corrupt, self.handles(), self.control)
         return push
 

@@ -4,8 +4,9 @@
     python benchmarks/learn.py sums results --model sums/tiny -- --num-gpus 1 --tensor-parallel-size 1 \
         --prompt-column text --max-tokens 6 --prompts-per-step 32 --group-size 16 --learning-rate 1e-4 --steps 60
 
-Writes OUT_DIR/learn-MODEL-seedN.json: {"task", "model", "seed", "heldout": {"n", "before", "after", "se"}, "steps",
-"seconds", ...}: shares of held-out sums that are right, the standard error of the later one, and seconds of all steps.
+Writes OUT_DIR/learn-MODEL-seedN.json: {"task", "model", "side", "seed", "heldout": {"n", "before", "after", "se"},
+"steps", "seconds", ...}: shares of held-out sums that are right, the standard error of the later one, and seconds of
+all steps. learn_trl.py does the same with TRL.
 What stands after -- goes to rlhf_colocate.py. The seed is the sampler's; the data and the model are the same.
 """
 
@@ -41,6 +42,7 @@ def learned(report: dict, model: str, seed: int) -> dict:
     return {
         "task": TASK.stem,
         "model": model,
+        "side": "ours",
         "seed": seed,
         "heldout": {"n": n, "before": before, "after": after, "se": (after * (1 - after) / n) ** 0.5},
         "steps": len(steps),

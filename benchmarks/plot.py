@@ -3,6 +3,7 @@
 push.svg   one push by method, a group of bars per shape, on a logarithmic scale; the dashed line is the floor: a
            push of nothing plus a device copy of the largest shard
 loop.svg   the reward of the default rehearsal, five seeds; and where the time of a step goes on a GPU
+learn.svg  SmolLM2 and sums, three seeds, beside TRL: held-out sums that are right, and the mean reward of each step
 shards.svg what shard_scaling.py computes for 8 GPUs, and the copies that were timed, of the same models
 """
 
@@ -76,6 +77,23 @@ def draw_loops():
     return figure
 
 
+def draw_learned():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for r in tables.load("learn-smollm2*.json").values():
+        ours = r["side"] == "ours"
+        style = {"color": "#e07b39" if ours else "#4c566a", "linestyle": "-" if ours else "--", "linewidth": 1}
+        if r["seed"] == 0:
+            style["label"] = f"{'rlhf_colocate.py' if ours else 'TRL ' + r['versions']['trl']}, three seeds"
+        shares = [e["arithmetic.py:right"] for e in r["evals"]]
+        left.plot([e["step"] for e in r["evals"]], shares, marker=".", **style)
+        means = [statistics.fmean(r["rewards"][i : i + 5]) for i in range(0, len(r["rewards"]), 5)]
+        right.plot(range(3, 5 * len(means), 5), means, **style)
+    left.set(xlabel="step", ylabel="held-out sums that are right", ylim=(0, 1))
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    right.set(xlabel="step", ylabel="reward, means of 5 steps")
+    return figure
+
+
 def draw_shards():
     rows = tables.scaling_rows(8)
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -106,7 +124,7 @@ def draw_shards():
 
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else tables.RESULTS)
-    for name, draw in (("push", draw_pushes), ("loop", draw_loops), ("shards", draw_shards)):
+    for name, draw in (("push", draw_pushes), ("loop", draw_loops), ("learn", draw_learned), ("shards", draw_shards)):
         draw().savefig(out / f"{name}.svg", metadata={"Date": None})
 
 

@@ -98,15 +98,17 @@ def loops() -> str:
 
 
 def learned() -> str:
-    """Held-out sums before and after, by seed (benchmarks/learn.py)."""
+    """Held-out sums before and after, by seed (benchmarks/learn.py, learn_trl.py)."""
     rows = []
     for name, r in load("learn-*.json").items():
         heldout = r["heldout"]
         link = f"[{name}](../results/{name}.json)"
+        by = "`rlhf_colocate.py`" if r["side"] == "ours" else f"TRL {r['versions']['trl']}"
         right = f"{heldout['before']:.2f} → {heldout['after']:.2f} ± {1.96 * heldout['se']:.2f}"
-        each = f"{r['seconds'] / r['steps']:.2f} s"
-        rows.append([link, hardware(r), str(r["steps"]), str(heldout["n"]), right, each])
-    return table(["report", "hardware", "steps", "held-out sums", "right, with its 95 % interval", "a step"], rows)
+        last = statistics.fmean(r["rewards"][-20:])
+        rows.append([link, hardware(r), by, str(r["steps"]), right, f"{last:.2f}"])
+    header = ["report", "hardware", "by", "steps", "held-out sums that are right, with its 95 % interval"]
+    return table([*header, "reward, last 20 steps"], rows)
 
 
 def startup() -> str:

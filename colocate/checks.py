@@ -13,6 +13,8 @@ import json
 from colocate.config import Stop
 from colocate.report import summary
 
+COMPARED = ("transport", "placement", "beside")  # kinds of what `verify.compare` finds
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In a trainer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def require_same_steps(states: list[dict]) -> int:
 
 
 def combine(results: list[dict], kind: str, strict: bool = False) -> dict:
-    """All workers' `verify.compare`, of one kind ("transport" or "placement").
+    """All workers' `verify.compare`, of one of COMPARED. There may be nothing beside the parameters.
 
     For elements whose place the layout does not know, vLLM's loaders speak: that they write each exactly once was
     required before the push. strict: what was not compared is wrong.
@@ -123,7 +125,7 @@ def combine(results: list[dict], kind: str, strict: bool = False) -> dict:
             found = found | {name: f"{count} elements were not compared (--strict)" for name, count in unknown.items()}
         if found:
             wrong[f"{r['gpu']} rank {r['tp_rank']}"] = found
-    compared = all(p["checked"] > 0 or p.get("unknown") for p in parts)
+    compared = all(p["checked"] > 0 or p.get("unknown") or kind == "beside" for p in parts)
     check = {"ok": not wrong and compared, "checked": sum(p["checked"] for p in parts)}
     for extra in ("padding", "processed", "unknown"):
         if extra in parts[0]:

@@ -144,6 +144,8 @@ class Report:
         text = f"connected {len(workers)} workers in {wall_ms:.1f} ms: {copies} copies recorded"
         if loaders:
             text += f", {loaders} weights go through vLLM's loaders at each push"
+        if kept := list(dict.fromkeys(name for w in workers for name in w["kept"])):
+            text += f"; kept on the host, since no push brings them and a sleep may drop them: {summary(kept)}"
         if first:
             self("push", text)
 
@@ -460,6 +462,8 @@ def describe(name: str, check: dict) -> str:
         return f"{checked} tensors arrived with the trainers' digests"
     if name == "changed":
         return f"every parameter of {checked} workers differs from before"
+    if name == "beside":
+        return f"{checked} buffers and other tensors of layers, which no push brings, are as at the first look"
     if name == "behaviour":
         gap = f"{check['mean_gap_nats']:.4f} nats from the trainers' (tolerance {check['tolerance_nats']:g})"
         return f"log-probabilities of {checked} tokens: {gap}, {check['moved_by_nats']:.4f} from the old weights'"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, whole
+from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, plain_tensors, whole
 
 # Integer types of the same width, to compare bits instead of values: NaN equals itself, and -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -139,7 +139,7 @@ def _packed_layers(model: torch.nn.Module) -> dict[str, list[str]]:
             parts = packed.setdefault(fused.rpartition(".")[2], [])
             if (last := part.rpartition(".")[2]) not in parts:
                 parts.append(last)
-    return packed | getattr(model, "packed_modules_mapping", {})
+    return packed | (getattr(model, "packed_modules_mapping", None) or {})
 
 
 def _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank) -> list[Region]:
@@ -275,8 +275,9 @@ def compare(worker, messages: dict, digests: dict) -> dict:
 
     digests: {weight, or piece of one: digest} by a replica's trainers (see `checks.weight_digests`).
     Returns {"gpu", "tp_rank", "transport": {"checked", "wrong"}, "placement": {"checked", "wrong", "padding",
-    "processed", "unknown"}}; `checked` counts tensors and elements, `wrong` names the tensors that differ (with the
-    number of elements, for placement); the last three count elements by parameter (see Layout).
+    "processed", "unknown"}, "beside": see `compare_beside`}; `checked` counts tensors and elements, `wrong` names the
+    tensors that differ (with the number of elements, for placement); the last three count elements by parameter (see
+    Layout).
     """
     gpu = device_uuid(worker.device)
     with open_pieces(messages, gpu, worker.device) as weights:
@@ -294,7 +295,28 @@ def compare(worker, messages: dict, digests: dict) -> dict:
             "processed": layout.processed,
             "unknown": layout.unknown,
         },
+        "beside": compare_beside(worker),
     }
+
+
+def beside(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what no push brings, and an engine's sleep can damage: rotary caches, scales, ALiBi's slopes.
+
+    Left out are integers, which layers count with, and buffers that a checkpoint may have.
+    """
+    found = plain_tensors(model)
+    for name, buffer in model.named_buffers():
+        prefix, _, leaf = name.rpartition(".")
+        if leaf.startswith("_") or leaf in model.get_submodule(prefix)._non_persistent_buffers_set:
+            found[name] = buffer
+    return {name: t for name, t in found.items() if t.is_floating_point() and not t.is_meta}
+
+
+def compare_beside(worker) -> dict:
+    """Whether all of `beside` is as at this worker's first look: {"checked": tensors, "wrong": names}."""
+    found = {name: digest(tensor) for name, tensor in beside(worker.get_model()).items()}
+    first = worker.__dict__.setdefault("_first_beside", found)
+    return {"checked": len(found), "wrong": [name for name in found if found[name] != first.get(name)]}
 
 
 def compare_weights(

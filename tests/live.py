@@ -87,6 +87,7 @@ class Shared(drills.Drilled, soak.Sampled, push_peers.PeerColocation):
             self.restart_trainers()
             if not self.as_saved():
                 raise RuntimeError("the weights are not those of the checkpoint any more")
+        self.on_workers(drills.repair)
         self.connected = False
         self.push()
         self.elements()

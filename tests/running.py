@@ -112,7 +112,7 @@ class Run:
 
 def require_proof(report: dict) -> None:
     """Every check of the push has compared something, and has passed."""
-    assert set(report["verify"]) == {"replicas", "transport", "placement", "changed", "behaviour"}
+    assert set(report["verify"]) == {"replicas", "transport", "placement", "beside", "changed", "behaviour"}
     assert all(check["ok"] and check["checked"] > 0 for check in report["verify"].values())
     assert report["pushes"][0]["bytes"] > 0
 

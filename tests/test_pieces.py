@@ -115,6 +115,25 @@ def test_a_push_out_of_shards_does_what_one_out_of_a_replica_does(count, dims):
     worker.disconnect_weights()
 
 
+@pytest.mark.parametrize("simple", [False, True], ids=["recorded", "simple"])
+def test_a_push_brings_back_what_no_weight_is_and_a_sleep_drops(simple):
+    shards = Shards(1)
+    worker = Worker()
+    worker.model.slopes = torch.tensor([0.5, 0.25])  # a plain attribute, as ALiBi's slopes are
+    worker.model.slopes_cpu = torch.ones(2)
+    assert worker.connect_weights(shards.messages())["kept"] == [".slopes"]
+    worker.model.slopes.zero_()
+    worker.disconnect_weights()
+    worker.connect_weights(shards.messages())  # after a loss: not anew, since the engine has slept
+    shards.change()
+    if simple:
+        worker.update_weights_from_ipc_handles(shards.messages())
+    else:
+        worker.push_weights(6)
+    assert worker.model.slopes.tolist() == [0.5, 0.25] and worker.holds(shards.full)
+    worker.disconnect_weights()
+
+
 class Sender:
     """A trainer that sends its weights through a buffer with room for `q` alone: q; k and v; o; norm and scale."""
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from colocate import verify
 from rlhf_utils import (
     VERSION,
     ColocateWorkerExtension,
@@ -359,3 +360,9 @@ def test_latent_attention_that_keeps_views_of_its_weights_takes_copies():
     model.kv_b_proj.weight = model.fused
     model.W_UV = torch.nn.Parameter(model.fused.data.view(2, 3, 4).transpose(0, 1), requires_grad=False)
     assert record_loaders(model, BF16, THREE, 1).loaders == []
+
+
+def test_a_model_may_say_that_it_packs_no_layers():
+    model = torch.nn.Linear(2, 2)
+    model.packed_modules_mapping = None  # as vLLM 0.26's Bloom
+    assert verify._packed_layers(model) == {}
