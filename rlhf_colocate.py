@@ -89,14 +89,13 @@ class RayTrainingActor:
     ) -> None:
         """Meet the other trainers, share the model with them if it is to be sharded, and make the optimizer.
 
-        share: of sharding.hold. resume: the checkpoint that its state comes from. options: of Learner; none where
+        share: of learner.hold. resume: the checkpoint that its state comes from. options: of Learner; none where
         nothing is to be learnt.
         """
         import torch
 
         import rlhf_utils
-        from colocate.learner import Learner, join_group
-        from colocate.sharding import hold
+        from colocate.learner import Learner, hold, join_group
 
         join_group(rank, addresses, timeout_s, self.device, sharded=bool(share["shards"]))
         self.held = hold(self.model, self.device, **share)
@@ -364,6 +363,7 @@ class Colocation:
             self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
         self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
+        self.fleet.ask(engines, "collective_rpc", "colocate.verify:compare_beside")  # the first look
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))
@@ -409,7 +409,7 @@ class Colocation:
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
-        share = {"shards": shards, "bucket_bytes": self.config.bucket_bytes}
+        share = {"shards": shards, "bucket_bytes": self.config.bucket_bytes, "lora": self.config.lora}
         rest = (by_rank, timeout_s, share, resume, self.config.learner_options)
         self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
 
@@ -642,7 +642,7 @@ class Colocation:
 def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     """Change every weight by noise, push, and compare every element. Returns the completions from before.
 
-    Raises Stop with all checks that failed. benchmarks/drills.py breaks the push in six ways to show that it does.
+    Raises Stop with all checks that failed. benchmarks/drills.py breaks it in seven ways to show that it does.
     """
     report = colocation.report
     fleet = colocation.fleet
@@ -651,7 +651,6 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     with stage("rollout"):
         before = every_engine_answers(colocation, task)
         colocation.on_workers("record_weights")
-        colocation.on_workers("colocate.verify:compare_beside")  # remembers what it finds at first
     with stage("perturb"):
         colocation.change_weights(checks.perturb)
         colocation.compare_replicas()

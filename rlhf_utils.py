@@ -292,7 +292,7 @@ class ColocateWorkerExtension:
     """
 
     _plan: CopyPlan | None = None  # set while connected
-    _kept: list[tuple[str, torch.Tensor, torch.Tensor]] | None = None  # (name, tensor, copy), see `_bring_kept_back`
+    _kept: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # tensors and their copies: see `plain_tensors`
     _recording: tuple[Shapes, Recording] | None = None  # the last recording, and for which weights
 
     def reply_to_call(self, method: str, *args) -> dict:
@@ -308,6 +308,7 @@ class ColocateWorkerExtension:
             return {"error": text, "kind": kind}
 
     def report_device_id(self) -> dict:
+        self._keep()
         found = {"gpu": device_uuid(self.device), "tp_rank": self.rank}
         return found | {"pid": os.getpid(), "torch": torch.__version__}
 
@@ -340,10 +341,11 @@ class ColocateWorkerExtension:
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
-        It writes no parameter: the first push does. The engine must be awake. An earlier connection ends with the call.
+        It writes no parameter: the first push does. The engine must be awake, and must not have slept before its first
+        call of this or `report_device_id`. An earlier connection ends with the call.
         Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "kept", "open_ms", "record_ms"}:
         the trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, the
-        names of the weights that it must take through vLLM's loaders, and of what is kept (see `_bring_kept_back`).
+        names of the weights that it must take through vLLM's loaders, and of what is kept (see `plain_tensors`).
         Raises HandleError unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
@@ -364,7 +366,7 @@ class ColocateWorkerExtension:
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
             "loaders": recording.loaders,
-            "kept": [name for name, _, _ in self._kept],
+            "kept": [*self._kept],
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),
         }
@@ -413,13 +415,17 @@ class ColocateWorkerExtension:
         if self._recording is None or self._recording[0] != weights:
             recording = record_loaders(self.get_model(), self.model_config, weights, parallel.tensor_parallel_size)
             self._recording = (weights, recording)
-        if self._kept is None:  # the engine has not slept yet
-            self._kept = [(name, t, t.to("cpu", copy=True)) for name, t in plain_tensors(self.get_model()).items()]
+        self._keep()
         return self._recording[1]
 
+    def _keep(self) -> None:
+        """Copy what the engine's sleep would drop and no push brings. Once, before it sleeps for the first time."""
+        if self._kept is None:
+            self._kept = {name: (t, t.to("cpu", copy=True)) for name, t in plain_tensors(self.get_model()).items()}
+
+    @torch.inference_mode()
     def _bring_kept_back(self) -> None:
-        """What sleep level 2 drops, vLLM does not keep (buffers it does), and no weight is: ALiBi's slopes, for one."""
-        for _, tensor, copy in self._kept:
+        for tensor, copy in self._kept.values():
             tensor.copy_(copy)
 
 
@@ -693,12 +699,14 @@ def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]
 
 
 def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what layers, and vLLM's objects in them, hold on the device beside parameters and buffers.
+    """{name: tensor} of what a sleep of level 2 drops, no push brings, and vLLM does not keep, as it does buffers.
 
-    Without KV caches, and without what a layer calls its copy on the host, which a rehearsal cannot tell from others.
+    That is what layers, and vLLM's objects directly in them, hold of the memory in which vLLM loads a model: ALiBi's
+    slopes, for one. A rehearsal has no such memory, and takes all that is no copy for the host.
     """
     device = next(model.parameters()).device
-    known = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    pools = _weight_pools() if device.type == "cuda" else [(0, math.inf)]
+    seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     found = {}
     for prefix, module in model.named_modules():
         holders = {prefix: module}
@@ -707,11 +715,22 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
         for where, holder in holders.items():
             for name, value in getattr(holder, "__dict__", {}).items():
-                if name == "kv_cache" or name.endswith("_cpu") or not isinstance(value, torch.Tensor):
+                if not isinstance(value, torch.Tensor) or value.device != device or name.endswith("_cpu"):
                     continue
-                if value.device == device and _storage(value) not in known:
+                at = value.data_ptr()
+                if value.numel() and _storage(value) not in seen and any(a <= at < b for a, b in pools):
+                    seen.add(_storage(value))
                     found[f"{where}.{name}"] = value
     return found
+
+
+def _weight_pools() -> list[tuple[int, float]]:
+    """(start, end) of the memory that vLLM has for weights, if it can sleep.
+    https://github.com/vllm-project/vllm/blob/main/vllm/device_allocator/cumem.py"""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocations = CuMemAllocator.instance.pointer_to_data if CuMemAllocator.instance else {}
+    return [(at, at + data.handle[1]) for at, data in allocations.items() if data.tag == "weights"]
 
 
 # ---- Worker: handles -> tensors -------------------------------------------------------------------------------------

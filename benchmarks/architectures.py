@@ -240,8 +240,6 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     found = {"architecture": layout.architecture, "padding": layout.padding, "processed": layout.processed}
     found["unknown"] = layout.unknown
     found["kept"] = sorted(u.plain_tensors(model))
-    found["beside"] = sorted(verify.beside(model))
-    found["parameters"] = sorted(parameters)
     found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
     with set_current_vllm_config(config):
         before = digests()

@@ -102,6 +102,10 @@ class Config:
         type=int,
         at_least=1,
     )
+    lora_rank: int = flag(
+        0, "train adapters of this rank (LoRA) on all linear layers but the head; 0: train all weights", at_least=0
+    )
+    lora_alpha: float = flag(32.0, "adapters are scaled by this over --lora-rank", above=0)
     tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started", at_least=1)
     trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a trainer", above=0, below=1)
     engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker", above=0, below=1)
@@ -352,6 +356,13 @@ class Config:
         return [float(text) for text in self.reward_weights.split(",")]
 
     @property
+    def lora(self) -> dict | None:
+        """Keywords of colocate.adapters.Adapted, if adapters are trained."""
+        if not self.lora_rank or not self.steps:
+            return None
+        return {"rank": self.lora_rank, "alpha": self.lora_alpha, "seed": self.seed}
+
+    @property
     def learner_options(self) -> dict:
         """Keywords of colocate.learner.Learner; none without an RLHF step."""
         if not self.steps:
@@ -436,6 +447,7 @@ def check_layout(config: Config) -> None:
     fix = "Try: --trainer-gpu-share 0.4 --engine-gpu-share 0.4"
     refuse_unless(trainer + engine <= 1 + 1e-9, f"{shares}, but a GPU has 1 to give. {fix}")
     check_shards(config)
+    check_adapters(config)
     least = config.min_gpus or n
     message = f"--min-gpus {least} must be a number of GPUs from {tp} (--tensor-parallel-size) to {n} (--num-gpus)"
     refuse_unless(tp <= least <= n, f"{message}. Try: --min-gpus {tp}")
@@ -456,6 +468,18 @@ def check_shards(config: Config) -> None:
     refuse_unless(n % size == 0, f"--shard-size {size} does not divide {gpus}. Try: --shard-size {best}")
     message = f"--trainer replicated has no shards, and --shard-size is {size}. Try: --trainer fsdp, or leave one out"
     refuse_unless(config.trainer != "replicated" or size == 1, message)
+
+
+def check_adapters(config: Config) -> None:
+    """Raise Stop(USAGE) for adapters on shards, and for a scale without adapters."""
+    flags = [("--trainer fsdp", config.trainer == "fsdp"), ("--push gather", config.push == "gather")]
+    flags += [(f"--shard-size {config.shard_size}", (config.shard_size or 1) > 1)]
+    asked = [flag for flag, given in flags if given]
+    message = f"--lora-rank {config.lora_rank} trains replicas, not shards: {' and '.join(asked)} must go"
+    refuse_unless(not config.lora_rank or not asked, message)
+    fix = "Try: --lora-rank 16"
+    message = f"--lora-alpha {config.lora_alpha:g} scales adapters, and none are trained. {fix}, or leave it out"
+    refuse_unless(bool(config.lora_rank) or config.lora_alpha == Config.lora_alpha, message)
 
 
 def stage_timeouts(config: Config) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The trainers' optimizer: one step over all replicas, and its state on disk. This is the file to replace by yours.
 
-Knows nothing of vLLM, Ray or handles, and of shards only what `sharding.Whole` and `sharding.Shard` have in common. It
+Knows nothing of vLLM, Ray or handles; of shards and adapters only what they have in common with `sharding.Whole`. It
 promises two things to the rest: weights change in place, since engines have them mapped, and after a step they are
 bitwise the same in all replicas.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from colocate import trainer_state
+from colocate.adapters import Adapted
 from colocate.attention import VARLEN
 from colocate.grpo import MISMATCH, Batch, collate, correct_sample, grpo_loss, learned_tokens, micro_batches, mismatch
 from colocate.logprobs import (
@@ -31,7 +32,7 @@ from colocate.logprobs import (
     states,
     token_logprobs,
 )
-from colocate.sharding import Whole
+from colocate.sharding import Gathered, Shard, Whole
 
 # Makes a trainer of shards that has no more samples go along with the others: its gradient is 0.
 DUMMY = {"prompt": [0], "tokens": [0], "logprobs": [0.0], "advantage": 0.0}
@@ -77,9 +78,26 @@ def interface_of(address: str) -> str:
     return ""
 
 
-def default_learning_rate(model: torch.nn.Module, random_weights: bool) -> float:
-    """Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466)."""
-    return min(1e-2, 2.56 / model.get_input_embeddings().embedding_dim) if random_weights else 1e-5
+def hold(
+    model: torch.nn.Module, device: torch.device, shards: int, bucket_bytes: int | None, lora: dict | None = None
+) -> Whole:
+    """All of the model (shards: 0), or a shard that this trainer shares with so many. bucket_bytes: of `Gathered`.
+
+    lora: of `Adapted`, if it is to train adapters.
+    """
+    if lora:
+        return Adapted(model, **lora)
+    if not shards:
+        return Whole(model)
+    return Gathered(model, shards, device, bucket_bytes) if bucket_bytes else Shard(model, shards, device)
+
+
+def default_learning_rate(model: torch.nn.Module, random_weights: bool, adapters: bool = False) -> float:
+    """Random weights stand much larger steps, which shrink with the width (https://arxiv.org/abs/2203.03466), and
+    adapters ten times as large ones (https://thinkingmachines.ai/blog/lora/)."""
+    if random_weights:
+        return min(1e-2, 2.56 / model.get_input_embeddings().embedding_dim)
+    return 1e-4 if adapters else 1e-5
 
 
 class Learner:
@@ -148,11 +166,10 @@ class Learner:
         self.interrupted = False  # in the middle of a step's iterations: there is no whole step to go on from
         self.metrics: dict[str, float] = {}  # what the last step returned
         self.held = held or Whole(model)
-        self.weights = [w.detach() for w in self.held.memory.values()]  # in the engines' dtype
-        self.device = self.weights[0].device
+        self.device = next(iter(self.held.memory.values())).device
         self.offload = offload and self.device.type == "cuda"
         self.route = find_route(model)
-        self.reference = [w.clone() for w in self.weights] if kl_coef else None
+        self.reference = self.held.starting_weights() if kl_coef else None
         self.compile = compile and model.config._attn_implementation == VARLEN and bool(layers_of(model))
         if self.compile:
             compile_layers(model)
@@ -160,7 +177,7 @@ class Learner:
             checkpoint_layers(model)
         self.masters = self.held.masters()
         if learning_rate is None:
-            learning_rate = default_learning_rate(model, random_weights)
+            learning_rate = default_learning_rate(model, random_weights, bool(self.held.base))
         options = {"lr": learning_rate, "betas": (0.9, 0.95), "weight_decay": weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.masters, **options)
         self.optimizer.param_groups[0]["initial_lr"] = learning_rate
@@ -329,14 +346,16 @@ class Learner:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the weights that engines read to the masters, rounded to their dtype."""
-        torch._foreach_copy_(self.weights, self.masters)
+        """Set the weights that engines read to what the masters say."""
+        self.held.restore(self.masters)
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside the model's checkpoint: all trainers of one replica together."""
         numbers = {"steps": self.steps, "metrics": self.metrics, "updates": self.updates}
         numbers["lr"] = self.optimizer.param_groups[0]["initial_lr"]
         numbers["with_reference"] = bool(self.reference)
+        numbers["lora_rank"] = self.held.rank
+        self.held.save(folder)
         trainer_state.write(folder, self._state(), numbers, self.held.group)
         self._move_between_steps()  # moments that were made for this
 
@@ -352,6 +371,7 @@ class Learner:
         if self.reference and not numbers["with_reference"]:
             raise ValueError(f"{folder} is of a run without --kl-coef, and has no starting weights. Leave it out")
         trainer_state.read_tensors(folder, self._state())
+        self.held.load(folder)
         self.steps = numbers["steps"]
         self.updates = numbers["updates"]
         self.metrics = numbers["metrics"]
@@ -363,17 +383,18 @@ class Learner:
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All tensors by name, for trainer_state. AdamW's moments are made if there has been no step."""
-        state = {}
+        state = {f"base.{name}": tensor for name, tensor in self.held.base.items()}
+        if self.reference and not state:
+            found = zip(self.held.memory, self.reference, strict=True)
+            state = {f"reference.{name}": self.held.placed(name, tensor) for name, tensor in found}
         home = {moment: self._on_host(moment) for moment in MOMENTS} if self.offload else {}
-        for i, (name, master) in enumerate(zip(self.held.memory, self.masters, strict=True)):
+        for i, (name, master) in enumerate(zip(self.held.master_names(), self.masters, strict=True)):
             moments = self.optimizer.state[master]
             if not moments:
                 moments["step"] = torch.zeros((), device=self.device)
                 for moment in MOMENTS:
                     moments[moment] = home[moment][i].zero_() if home else torch.zeros_like(master)
             tensors = {"master": master} | {moment: moments[moment] for moment in MOMENTS}
-            if self.reference:
-                tensors["reference"] = self.reference[i]
             state |= {f"{part}.{name}": self.held.placed(name, t) for part, t in tensors.items()}
         return state
 

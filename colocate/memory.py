@@ -26,12 +26,18 @@ def itemsize(config: Config) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
-def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
+def trained_parameters(config: Config, model_config: dict, parameters: int) -> int:
+    """How many numbers the optimizer has: all, or those of adapters, as many as square matrices would need, or more."""
+    width = model_config.get("hidden_size")
+    return min(parameters, -(-2 * config.lora_rank * parameters // width)) if config.lora and width else parameters
+
+
+def trainer_bytes(config: Config, parameters: int, trained: int | None = None) -> tuple[int, int]:
     """(between steps, at most during one): weights, masters and moments (12 bytes per parameter), gradient (4).
 
-    And with --kl-coef a copy of the weights. Shards are that many times smaller; their masters are never offloaded.
-    --push gather has its buffer. Activations are not counted, nor the layers that FSDP gathers, nor that a parameter
-    may be larger than the buffer.
+    trained: see `trained_parameters`; None: all. And with --kl-coef, or --lora-rank, a copy of the weights. Shards are
+    that many times smaller; their masters are never offloaded. --push gather has its buffer. Activations are not
+    counted, nor the layers that FSDP gathers, nor that a parameter may be larger than the buffer.
     """
     sharded = config.trainer == "fsdp"
     gathered = min(parameters * itemsize(config), config.bucket_bytes or 0)
@@ -41,19 +47,24 @@ def trainer_bytes(config: Config, parameters: int) -> tuple[int, int]:
     if not config.steps:
         kept = weights + (masters if sharded else 0) + gathered
         return kept, kept
-    models = weights * (1 + (config.kl_coef > 0)) + gathered
+    trained = parameters if trained is None or sharded else trained
+    models = weights * copies_of_weights(config) + gathered
     kept = models
     if sharded or not config.offload_optimizer:
-        kept += masters
+        kept += 4 * trained
     if not config.offload_optimizer:
-        kept += 8 * parameters
-    return kept, models + 16 * parameters
+        kept += 8 * trained
+    return kept, models + 16 * trained
 
 
-def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Size of a --checkpoint: weights, float32 masters and two moments, and what --kl-coef starts from."""
-    copies = 2 if config.kl_coef > 0 else 1
-    return parameters * (copies * itemsize(config) + 12)
+def copies_of_weights(config: Config) -> int:
+    """2 if the starting weights are kept, for the KL or for adapters."""
+    return 2 if config.kl_coef > 0 or config.lora else 1
+
+
+def checkpoint_bytes(config: Config, parameters: int, trained: int | None = None) -> int:
+    """Size of a --checkpoint: weights, float32 masters and two moments, and what KL or adapters start from."""
+    return parameters * copies_of_weights(config) * itemsize(config) + 12 * (trained or parameters)
 
 
 def kv_bytes(config: Config, model_config: dict, tokens: int) -> int:
@@ -110,7 +121,7 @@ def check_gpu_memory(config: Config, model_config: dict, parameters: int, gpus: 
 
     gpus: as preflight.find_gpus returns them; one whose memory is not known passes.
     """
-    kept, peak = trainer_bytes(config, parameters)
+    kept, peak = trainer_bytes(config, parameters, trained_parameters(config, model_config, parameters))
     weights = parameters * itemsize(config) / config.tensor_parallel_size
     for gpu in gpus:
         if not gpu["total"] or not gpu["free"]:
@@ -158,7 +169,7 @@ def choose_trainer(
         return dataclasses.replace(config, trainer="fsdp"), ""
     replicated = dataclasses.replace(config, trainer="replicated")
     if not asked:
-        if config.trainer == "replicated" or n == 1 or not can_shard:
+        if config.trainer == "replicated" or n == 1 or not can_shard or config.lora_rank:
             return replicated, ""
         if fits(replicated):
             return replicated, "--trainer auto: replicated, as a whole replica with its optimizer fits beside an engine"
@@ -176,7 +187,9 @@ def what_helps(config: Config, free: float, engine: float, kept: float, peak: fl
     """Flags with which less memory is needed, in GiB as in `check_gpu_memory`, and none that changes nothing."""
     if peak > free:  # a step alone, the engine being asleep
         helps = ["a smaller --model", "--steps 0 for the push alone"]
-        if config.replica_size < config.num_gpus:
+        if not config.lora_rank:
+            helps.append("adapters (--lora-rank 16)")
+        if config.replica_size < config.num_gpus and not config.lora_rank:
             helps.append(f"--trainer fsdp --shard-size {config.num_gpus}")
         return helps
     helps = ["a lower --gpu-memory-utilization"]
@@ -192,7 +205,7 @@ def check_host_memory(config: Config, model_config: dict, parameters: int, avail
     n = config.num_gpus
     cache = rehearsal_kv_bytes(config, model_config)
     check_engine(config, model_config, cache, "the rehearsal's engine")
-    trainers = n * trainer_bytes(config, parameters)[1]
+    trainers = n * trainer_bytes(config, parameters, trained_parameters(config, model_config, parameters))[1]
     engines = config.num_engines * parameters * itemsize(config) + n * cache
     processes = (2 * n + config.num_engines + config.spares(rehearsal=True)) * PROCESS_BYTES
     need = trainers + engines + processes

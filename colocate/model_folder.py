@@ -119,7 +119,9 @@ def check_model(config: Config, rehearsal: bool, scratch: Path) -> Model:
             notes.append(f"{source}: {weights.name} is read; left out: {', '.join(left_out)}")
     model_config = read_config(source)
     check_length(config, model_config)
-    parameters, rows, can_shard = check_weights(model_config, weights, shapes)
+    parameters, rows, can_shard, can_adapt = check_weights(model_config, weights, shapes)
+    if config.lora_rank and not can_adapt:
+        raise Stop(f"{architecture} has no linear layers for --lora-rank {config.lora_rank}. Leave it out", USAGE)
     names = model_config.attribute_map  # GPT-2's n_layer is num_hidden_layers, too
     settings = model_config.to_dict() | {name: getattr(model_config, name) for name in names}
     check_heads(config, settings)
@@ -448,16 +450,18 @@ def check_heads(config: Config, model_config: dict) -> None:
         raise Stop(f"{found}: {heads} attention heads and {kv_heads} KV heads. {fix}", USAGE)
 
 
-def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int]]) -> tuple[int, int, bool]:
+def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int]]) -> tuple[int, int, bool, bool]:
     """Load the model on the meta device, by transformers' own rules.
 
-    Returns (parameters, rows of the embedding, whether its layers are found: see `sharding.decoder_layers`).
+    Returns (parameters, rows of the embedding, whether its layers are found: see `sharding.decoder_layers`, and
+    whether there are some to adapt: see `adapters.adapted_layers`).
     weights: the checkpoint's file or index, or None for random weights. Raises Stop(USAGE) for tensors that are
     missing, have another shape, or are left over: transformers would fill the first with random numbers.
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from colocate.adapters import adapted_layers
     from colocate.sharding import decoder_layers
 
     build = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
@@ -475,7 +479,8 @@ def check_weights(model_config, weights: Path | None, shapes: dict[str, list[int
             raise Stop(f"{weights} does not fit {build.__name__}: {wrong}. Take or save it again.", USAGE)
         model.tie_weights()  # transformers leaves them apart where both are in the file and cannot be compared
     parameters = sum(p.numel() for p in model.parameters())
-    return parameters, model.get_input_embeddings().weight.shape[0], bool(decoder_layers(model))
+    rows = model.get_input_embeddings().weight.shape[0]
+    return parameters, rows, bool(decoder_layers(model)), bool(adapted_layers(model))
 
 
 def describe_loading(info: dict) -> str:

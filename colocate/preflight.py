@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING
 from colocate import trackers, trainer_state
 from colocate.cluster import address_of, available_memory_mib, check_environment, require_writable
 from colocate.config import MISSING, USAGE, Config, Stop, check_engine_args, check_layout, check_loop, refuse_unless
-from colocate.memory import check_gpu_memory, check_host_memory, checkpoint_bytes, choose_trainer, rehearsal_kv_bytes
+from colocate.memory import (
+    check_gpu_memory,
+    check_host_memory,
+    checkpoint_bytes,
+    choose_trainer,
+    rehearsal_kv_bytes,
+    trained_parameters,
+)
 from colocate.model_folder import Model, check_model, folder_digest
 from colocate.tasks import check_task
 
@@ -122,11 +129,17 @@ def check_resume(config: Config, parameters: int) -> None:
     refuse_unless(config.dtype in ("auto", dtype), message)
     try:
         elements = trainer_state.elements(folder)
-        with_reference = trainer_state.read_numbers(folder)["with_reference"]
+        numbers = trainer_state.read_numbers(folder)
+        with_reference = numbers["with_reference"]
     except Exception as error:  # of JSON, of pickle, of torch: half-written, or not torch's at all
         raise Stop(f"{state} is not whole ({type(error).__name__}: {error}). {hint}", USAGE) from None
     message = f"{state} and the weights beside it are not of one model. {hint}"
-    refuse_unless(elements["master"] == parameters, message)
+    rank = numbers.get("lora_rank", 0)
+    refuse_unless(elements["base" if rank else "master"] == parameters, message)
+    message = f"--resume {folder} is of a run without --lora-rank. Leave it out"
+    if rank:
+        message = f"--resume {folder} is of a run with --lora-rank {rank}. Give the same --lora-rank again"
+    refuse_unless(config.lora_rank == rank, message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)
@@ -529,7 +542,8 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
         notes.append(note)
         for name in FOLDERS:
             if getattr(config, name):
-                needed = checkpoint_bytes(config, model.parameters)
+                trained = trained_parameters(config, model.config, model.parameters)
+                needed = checkpoint_bytes(config, model.parameters, trained)
                 check_room(Path(getattr(config, name)).resolve().parent, needed, "--" + name.replace("_", "-"))
         if rehearsal:
             kv_cache_bytes = rehearsal_kv_bytes(config, model.config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -27,13 +28,6 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     count = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
     return next((list(layers) for layers in lists if len(layers) == count), [])
-
-
-def hold(model: torch.nn.Module, device: torch.device, shards: int, bucket_bytes: int | None) -> Whole:
-    """All of the model (shards: 0), or a shard that this trainer shares with so many. bucket_bytes: of `Gathered`."""
-    if not shards:
-        return Whole(model)
-    return Gathered(model, shards, device, bucket_bytes) if bucket_bytes else Shard(model, shards, device)
 
 
 def rank_of(trainer: int, size: int, tp: int) -> int:
@@ -60,6 +54,8 @@ class Whole:
 
     group = None
     position = 0
+    rank = 0  # of adapters
+    base: Mapping[str, torch.Tensor] = MappingProxyType({})  # what adapters are added to
     round_of: Mapping[str, int] = MappingProxyType({})  # all of it is always there
 
     def __init__(self, model: torch.nn.Module):
@@ -90,6 +86,23 @@ class Whole:
                 continue
             parameter.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
         return masters
+
+    def master_names(self) -> list[str]:
+        return list(self.memory)
+
+    def restore(self, masters: list[torch.Tensor]) -> None:
+        """Set what is in `memory` to the masters, rounded to its dtype."""
+        torch._foreach_copy_([w.detach() for w in self.memory.values()], masters)
+
+    def starting_weights(self) -> list[torch.Tensor]:
+        """A copy of what is in `memory`, for the KL."""
+        return [w.detach().clone() for w in self.memory.values()]
+
+    def save(self, folder: Path) -> None:
+        """Write what a checkpoint has besides weights and masters. Nothing."""
+
+    def load(self, folder: Path) -> None:
+        """Read it."""
 
     def begin_step(self, masters: list[torch.Tensor], device: torch.device) -> None:
         """Make room for the gradient: one flat float32 tensor, for a single all-reduce."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FOLDER = "trainer_state"  # in the checkpoint's
 NUMBERS = "numbers.json"
-PARTS = ("master", "exp_avg", "exp_avg_sq", "reference")  # a tensor's name is "master.model.norm.weight"
+PARTS = ("master", "exp_avg", "exp_avg_sq", "reference", "base")  # a tensor's name is "master.model.norm.weight"
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], numbers: dict, group) -> None:

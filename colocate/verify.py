@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, plain_tensors, whole
+from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, whole
 
 # Integer types of the same width, to compare bits instead of values: NaN equals itself, and -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -299,22 +299,25 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     }
 
 
-def beside(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what no push brings, and an engine's sleep can damage: rotary caches, scales, ALiBi's slopes.
+def beside(worker) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what no push brings, and a sleep can damage: rotary caches, scales, what the extension keeps.
 
-    Left out are integers, which layers count with, and buffers that a checkpoint may have.
+    Left out are buffers that a checkpoint may have, integers, which layers count with, and scales that vLLM computes.
     """
-    found = plain_tensors(model)
+    found = {name: tensor for name, (tensor, _) in worker._kept.items()}
+    model = worker.get_model()
+    computed = getattr(worker.vllm_config.cache_config, "calculate_kv_scales", False)
     for name, buffer in model.named_buffers():
         prefix, _, leaf = name.rpartition(".")
-        if leaf.startswith("_") or leaf in model.get_submodule(prefix)._non_persistent_buffers_set:
+        scale = leaf.startswith("_") and not computed
+        if scale or leaf in model.get_submodule(prefix)._non_persistent_buffers_set:
             found[name] = buffer
     return {name: t for name, t in found.items() if t.is_floating_point() and not t.is_meta}
 
 
 def compare_beside(worker) -> dict:
     """Whether all of `beside` is as at this worker's first look: {"checked": tensors, "wrong": names}."""
-    found = {name: digest(tensor) for name, tensor in beside(worker.get_model()).items()}
+    found = {name: digest(tensor) for name, tensor in beside(worker).items()}
     first = worker.__dict__.setdefault("_first_beside", found)
     return {"checked": len(found), "wrong": [name for name in found if found[name] != first.get(name)]}
 

@@ -67,6 +67,18 @@ def test_the_checkpoint_is_an_ordinary_one(undisturbed):
     assert not list(whole.parent.glob(".*.new-*")) and not list(whole.parent.glob(".*.old-*"))
 
 
+def test_adapters_are_trained_and_pushed(tmp_path):
+    folder = tmp_path / "checkpoint"
+    run = Run(tmp_path, *ONE, "--lora-rank", "8", "--steps", "2", "--max-tokens", "8", "--checkpoint", str(folder))
+    report = run.passed()
+    assert "adapters of rank 8 on 24 layers" in run.stdout
+    first, second = report["steps"]
+    assert first["weights"] != second["weights"] and second["logprob_gap"] < 0.02
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 8 and settings["peft_type"] == "LORA"
+    assert (folder / "model.safetensors").stat().st_size and (folder / "trainer_state").is_dir()
+
+
 def test_a_pretrained_model_speaks_and_its_text_is_rewarded(tmp_path, smollm2):
     """That such a reward rises takes longer: results/loop-rehearsal-smollm2.json."""
     options = ["--steps", "1", "--max-tokens", "12", "--prompts-per-step", "4"]

@@ -120,7 +120,9 @@ def test_a_push_brings_back_what_no_weight_is_and_a_sleep_drops(simple):
     shards = Shards(1)
     worker = Worker()
     worker.model.slopes = torch.tensor([0.5, 0.25])  # a plain attribute, as ALiBi's slopes are
+    worker.model.same_slopes = worker.model.slopes
     worker.model.slopes_cpu = torch.ones(2)
+    worker.model.none_yet = torch.empty(0)
     assert worker.connect_weights(shards.messages())["kept"] == [".slopes"]
     worker.model.slopes.zero_()
     worker.disconnect_weights()

@@ -220,8 +220,7 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
     """Two steps, or one that goes on from the checkpoint of the case `start`. What this trainer has goes to a file."""
     import torch
 
-    from colocate.learner import Learner
-    from colocate.sharding import hold
+    from colocate.learner import Learner, hold
     from rlhf_utils import Piece, checkpoint_tensors
 
     rank = torch.distributed.get_rank()

@@ -34,6 +34,8 @@ NAMES = [
     ("vllm", "entrypoints", "def collective_rpc", "call_workers"),
     ("vllm", "entrypoints", "def reset_prefix_cache", "MyLLM.reset_prefix_cache"),
     ("vllm", "entrypoints", "def wake_up", "MyLLM.wake_up, by tags"),
+    ("vllm", "device_allocator/cumem.py", "pointer_to_data", "plain_tensors: the memory that a sleep drops"),
+    ("vllm", "device_allocator/__init__.py", "class AllocationData", "plain_tensors: its handle and tag"),
     ("vllm", "logprobs.py", "class FlatLogprobs", "sample_of reads its start_indices"),
     ("vllm", "logprobs.py", "start_indices", "sample_of"),
     ("vllm", f"{RELOAD}/layerwise.py", "def initialize_layerwise_reload", "_load_weights"),

@@ -1,0 +1,121 @@
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685): of each linear layer two small factors are trained.
+
+The model computes with the merged weights, W + scale * B A, rounded to the engines' dtype. So trainers and engines have
+the very same weights, and a push is that of a model without adapters. The factors' gradients come from W's, which is
+there for one layer at a time: dA = scale * B^T dW and dB = scale * dW A^T. Per parameter a trainer then holds twice the
+dtype's bytes, instead of those and 16 more; a backward pass costs as much as one of all weights.
+
+Knows neither Ray, vLLM nor handles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from colocate.sharding import Whole
+
+FOLDER = "adapter"  # in a checkpoint's: as PEFT writes it
+
+
+def adapted_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """{name: linear layer} of all but the head, whose weight is a parameter of its own."""
+    head = model.get_output_embeddings()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    own = {f"{name}.weight" for name in layers} & {name for name, _ in model.named_parameters()}
+    return {name: layer for name, layer in layers.items() if f"{name}.weight" in own}
+
+
+class Adapted(Whole):
+    """A trainer with all of the model, of which it trains adapters.
+
+    base: {parameter: its value at the start}. factors: {layer: (A, B)}, float32, of shapes (rank, in) and (out, rank).
+    """
+
+    def __init__(self, model: torch.nn.Module, rank: int, alpha: float, seed: int):
+        """alpha: scale = alpha / rank. A is drawn as PEFT draws it, by the seed; B is 0."""
+        super().__init__(model)
+        layers = adapted_layers(model)
+        self.rank = rank
+        self.alpha = alpha
+        self.scale = alpha / rank
+        self.base_model = model.name_or_path
+        self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
+        model.requires_grad_(False)
+        self.factors = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in layers.items():
+            bound = 1 / math.sqrt(layer.in_features)  # torch.nn.init.kaiming_uniform_ with a = sqrt(5)
+            a_RI = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            b_OR = torch.zeros(layer.out_features, rank)
+            self.factors[name] = (a_RI.to(layer.weight.device), b_OR.to(layer.weight.device))
+            layer.weight.requires_grad_()
+            layer.weight.register_post_accumulate_grad_hook(self._hook(name))
+
+    def _hook(self, name: str):
+        a_RI, b_OR = self.factors[name]
+
+        def project(weight: torch.nn.Parameter) -> None:
+            d_OI = weight.grad.float()
+            a_RI.grad.add_(b_OR.t() @ d_OI, alpha=self.scale)
+            b_OR.grad.add_(d_OI @ a_RI.t(), alpha=self.scale)
+            weight.grad = None
+
+        return project
+
+    def __str__(self) -> str:
+        return f"a replica each, adapters of rank {self.rank} on {len(self.factors)} layers"
+
+    def masters(self) -> list[torch.Tensor]:
+        return [factor for pair in self.factors.values() for factor in pair]
+
+    def master_names(self) -> list[str]:
+        return [f"{name}.lora_{kind}" for name in self.factors for kind in "AB"]
+
+    def begin_step(self, masters: list[torch.Tensor], device: torch.device) -> None:
+        sizes = [m.numel() for m in masters]
+        self.gradient = torch.zeros(sum(sizes), device=device)
+        for master, part in zip(masters, self.gradient.split(sizes), strict=True):
+            master.grad = part.view(master.shape)
+
+    def restore(self, masters: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(list(self.parameters.values()), list(self.base.values()))
+        for name, (a_RI, b_OR) in self.factors.items():
+            weight_OI = self.parameters[f"{name}.weight"]
+            weight_OI.copy_(torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=self.scale))
+
+    def starting_weights(self) -> list[torch.Tensor]:
+        return list(self.base.values())
+
+    def save(self, folder: Path) -> None:
+        """Write the adapters beside the merged weights, as PEFT does: for PeftModel.from_pretrained, or vLLM."""
+        from safetensors.torch import save_file
+
+        where = folder / FOLDER
+        where.mkdir()
+        tensors = {}
+        for name, pair in self.factors.items():
+            tensors |= {
+                f"base_model.model.{name}.lora_{kind}.weight": factor.cpu()
+                for kind, factor in zip("AB", pair, strict=True)
+            }
+        save_file(tensors, where / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in self.factors}),
+            "inference_mode": True,
+        }
+        (where / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """After the factors were read from `folder`: they belong to the model that its adapters name."""
+        self.base_model = json.loads((folder / FOLDER / "adapter_config.json").read_text())["base_model_name_or_path"]
