@@ -49,6 +49,7 @@ def learned(report: dict, model: str, seed: int) -> dict:
         "seconds": round(sum(sum(step["seconds"].values()) for step in steps), 1),
         "evals": evals,
         "rewards": [step["reward"] for step in steps],
+        "clipped": [step["clipped"] for step in steps],
         **{key: report[key] for key in ("config", "hardware", "versions", "verdict", "date")},
     }
 

@@ -37,6 +37,9 @@ OWN_ENGINE_ARGS = {
     "enable_sleep_mode": "--sleep-level",
     "seed": "--seed",
 }
+# Those with which workers have other weights than the push knows.
+UNFIT_ENGINE_ARGS = ("pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "quantization")
+UNFIT_ENGINE_ARGS += ("enable_lora",)
 DEFAULT_MODEL = "facebook/opt-125m"
 
 
@@ -341,7 +344,11 @@ class Config:
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
         room = self.max_model_len - self.max_tokens
-        return min(room, self.max_prompt_length or room) if self.prompts else LONGEST_PROMPT
+        return min(room, self.max_prompt_length or room) if self.has_file_of_prompts else LONGEST_PROMPT
+
+    @property
+    def has_file_of_prompts(self) -> bool:
+        return bool(self.prompts or self.eval_prompts)
 
     @property
     def more_engine_args(self) -> dict:
@@ -526,7 +533,9 @@ def check_engine_args(config: Config, known: set[str]) -> None:
     for name in given:
         flag = OWN_ENGINE_ARGS.get(name)
         fix = f"Try: {flag}" if flag else "Leave it out: the layout and the push need it as it is"
-        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which this script sets. {fix}")
+        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which is this script's. {fix}")
+        message = f"--engine-args sets {name}, and no push fits what engines then have. Leave it out"
+        refuse_unless(name not in UNFIT_ENGINE_ARGS, message)
         near = difflib.get_close_matches(name, known, 1, 0)
         fix = f"Did you mean {near[0]}?" if near else "Leave it out"
         refuse_unless(name in known, f"--engine-args has {name}, which vLLM does not know. {fix}")

@@ -129,7 +129,7 @@ class Batch:
     ends_S1: int32, 0 and then the end of each sequence; longest: tokens of the longest one.
     The others are of the tokens that are learned from: predictors_N: int64, which of the B * L tokens comes before;
     targets_N: int64, its id; and in float32 sampler_N and old_N: nats, log-probability by the sampler, and the one that
-    the loss has its ratio to, mostly the same tensor; advantage_N; weight_N, with the correction.
+    the loss has its ratio to, mostly the same tensor; advantage_N; weight_N; correction_N, mostly 1.
     """
 
     ids_BL: torch.Tensor
@@ -143,6 +143,7 @@ class Batch:
     old_N: torch.Tensor
     advantage_N: torch.Tensor
     weight_N: torch.Tensor
+    correction_N: torch.Tensor
 
 
 def collate(samples: list[dict], device: torch.device, packed: bool) -> Batch:
@@ -170,9 +171,10 @@ def collate(samples: list[dict], device: torch.device, packed: bool) -> Batch:
     weight_N = weight_S.repeat_interleave(counts_S)
     sampler_N = torch.tensor([x for s in samples for x in learned(s, "logprobs")], dtype=torch.float32).to(device)
     old_N = sampler_N
+    correction_N = torch.ones_like(weight_N)
     if all("old" in s for s in samples):
         old_N = torch.tensor([x for s in samples for x in s["old"]], dtype=torch.float32).to(device)
-        weight_N = weight_N * torch.tensor([x for s in samples for x in s["correction"]], dtype=torch.float32)
+        correction_N = torch.tensor([x for s in samples for x in s["correction"]], dtype=torch.float32)
     return Batch(
         ids_BL=ids_BL.to(device),
         positions_BL=positions_BL.to(device),
@@ -185,6 +187,7 @@ def collate(samples: list[dict], device: torch.device, packed: bool) -> Batch:
         old_N=old_N,
         advantage_N=advantage_S.repeat_interleave(counts_S).to(device),
         weight_N=weight_N.to(device),
+        correction_N=correction_N.to(device),
     )
 
 
@@ -199,6 +202,7 @@ def grpo_loss(
     *,
     epsilon_high: float | None = None,
     weight_N: torch.Tensor | None = None,
+    correction_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy-gradient loss, summed over these tokens and divided by those of the whole step.
 
@@ -206,7 +210,8 @@ def grpo_loss(
     The ratio to old_N, the sampler's log-probabilities, is clipped to [1 - epsilon, 1 + epsilon_high] (PPO,
     https://arxiv.org/abs/1707.06347; a bound of its own upwards: DAPO). With one optimizer step per rollout it differs
     from 1 only where trainer and sampler compute differently, and the clip bounds what such tokens can do. Returns
-    (loss, sums over tokens for the metrics). KL is the estimator r - log r - 1 with r = reference / policy, which is
+    (loss, sums over tokens for the metrics). weight_N: of tokens; correction_N: for the mismatch, as in TRL not of the
+    KL. KL is the estimator r - log r - 1 with r = reference / policy, which is
     never negative (http://joschu.net/blog/kl-approx.html).
     """
     ratio_N = (logprobs_N - old_N).exp()
@@ -215,6 +220,9 @@ def grpo_loss(
     clipped_N = ratio_N.clamp(1 - epsilon, 1 + upper) * advantage_N
     objective_N = torch.minimum(plain_N, clipped_N)
     sums = {"clipped": (clipped_N < plain_N).detach().sum()}
+    if correction_N is not None:
+        objective_N = objective_N * correction_N
+        sums["masked"] = (correction_N == 0).sum()
     if reference_N is not None:
         log_r_N = reference_N - logprobs_N
         kl_N = log_r_N.exp() - log_r_N - 1
@@ -222,7 +230,6 @@ def grpo_loss(
         sums["kl"] = kl_N.detach().sum()
     if weight_N is not None:
         objective_N = objective_N * weight_N
-        sums["masked"] = (weight_N == 0).sum()
     return -objective_N.sum() / total_tokens, sums
 
 

@@ -291,13 +291,16 @@ class Learner:
         whole_NH = states(self.model, batch, self.route)
         n = chunk_tokens(self.model)
         chunks = [chunk.detach().requires_grad_() for chunk in whole_NH.split(n)]
-        of_batch = (batch.targets_N, batch.sampler_N, batch.old_N, batch.advantage_N, batch.weight_N)
+        of_batch = (batch.targets_N, batch.sampler_N, batch.old_N, batch.advantage_N)
+        of_batch += (batch.weight_N, batch.correction_N)
         references = [None] * len(chunks) if reference_N is None else reference_N.split(n)
         columns = [chunks, *(column_N.split(n) for column_N in of_batch), references]
-        for states_nH, targets_n, sampler_n, old_n, advantage_n, weight_n, reference_n in zip(*columns, strict=True):
+        for states_nH, targets_n, sampler_n, old_n, advantage_n, weight_n, correction_n, reference_n in zip(
+            *columns, strict=True
+        ):
             logprobs_n = token_logprobs(self.model, states_nH, targets_n, self.route, self.temperature)
             rest = (total_tokens, self.epsilon, reference_n, self.kl_coef)
-            options = {"epsilon_high": self.epsilon_high, "weight_N": weight_n}
+            options = {"epsilon_high": self.epsilon_high, "weight_N": weight_n, "correction_N": correction_n}
             loss, sums = grpo_loss(logprobs_n, old_n, advantage_n, *rest, **options)
             loss.backward()
             sums |= mismatch(logprobs_n, sampler_n) | {"loss": loss.detach() * total_tokens}

@@ -88,6 +88,8 @@ def by_datasets(file: Path, kind: str | None, split: str, name: str) -> dict[str
     found = importlib.util.find_spec("datasets")
     message = f"{name} is read by the library datasets, which is not installed. Try: pip install datasets"
     refuse_unless(bool(found and found.origin), message, MISSING)  # a mere folder of that name has no origin
+    if file.is_file() and not file.stat().st_size:
+        return {}
     import datasets
 
     datasets.disable_progress_bars()

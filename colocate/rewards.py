@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import ctypes
@@ -34,13 +35,24 @@ class Answer:
     text: str
     token_ids: list[int]
 
+    def __str__(self) -> str:
+        return f"the prompt {short(self.prompt.text)} and the completion {short(self.text)}"
+
+
+def drop(*_args, **_options) -> None:
+    """What TRL's reward functions log."""
+
+
+LOGS = {"log_extra": drop, "log_metric": drop}
+
 
 class Reward:
     """A function of (prompt, completion), or of (prompt, completion, row); or TRL's, with a parameter `completions`.
 
     TRL's gets lists, with an entry for each answer: `prompts`, `completions`, `completion_ids`, and every other column
-    of --prompts by its name. A chat's prompt is its messages there, and a completion [{"role": "assistant", "content":
-    text}] (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"). Messages name the function.
+    of --prompts by its name; what it logs with `log_extra` and `log_metric` is dropped. It may be async. A chat's
+    prompt is its messages there, and a completion [{"role": "assistant", "content": text}]
+    (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"). Messages name the function.
     """
 
     def __init__(self, function: Callable[..., object], name: str):
@@ -73,29 +85,33 @@ class Reward:
         """Whether it is written for TRL."""
         return "completions" in self.parameters
 
-    def check_columns(self, row: dict) -> None:
-        """Raise Stop(USAGE) if it wants a column that the prompts don't have. row: one of theirs."""
+    def check_columns(self, row: dict, flag: str = "--prompts") -> None:
+        """Raise Stop(USAGE) if it wants a column that the prompts of this flag don't have. row: one of theirs."""
         if not self.of_lists:
             return
-        known = {"prompts", "completions", "completion_ids", *row}
+        known = {"prompts", "completions", "completion_ids", *LOGS, *row}
         collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         required = [n for n, p in self.parameters.items() if p.default is p.empty and p.kind not in collecting]
         unknown = [name for name in required if name not in known]
         has = ", ".join(row)
-        message = f"{self.name} wants {', '.join(unknown)}, and the prompts have only {has}. Give --prompts with it"
+        message = f"{self.name} wants trainer_state, which TRL's trainer has and this script has not. Leave it out"
+        refuse_unless("trainer_state" not in unknown, message)
+        message = f"{self.name} wants {', '.join(unknown)}, and the prompts have only {has}. Give {flag} with it"
         refuse_unless(not unknown, message)
 
     def __call__(self, answers: list[Answer]) -> list[float | None]:
         """What the answers are worth; None, which TRL's may say: this function has nothing to say of an answer.
 
-        Raises TaskError, with the function and the prompt named, if it raises an error, its cause, or if what it
+        Raises TaskError, with the function and the sample named, if it raises an error, its cause, or if what it
         returns is not one finite number for each answer.
         """
-        asked = f"for the prompt {short(answers[0].prompt.text)}"
+        asked = f"for {answers[0]}"
         if len(answers) > 1:
             asked = f"for {len(answers)} completions, the first one {asked}"
         try:
             values = self.function(**self._columns(answers)) if self.of_lists else [self._one(a) for a in answers]
+            if inspect.iscoroutine(values):
+                values = asyncio.run(values)
         except Exception as error:
             raise TaskError(f"reward: {self.name} raised {described(error)} {asked}") from error
         try:
@@ -121,6 +137,7 @@ class Reward:
             [{"role": "assistant", "content": a.text}] if a.prompt.messages else a.text for a in answers
         ]
         columns["completion_ids"] = [a.token_ids for a in answers]
+        columns |= LOGS
         return columns if self.takes_all else {n: column for n, column in columns.items() if n in self.parameters}
 
     def _number(self, value: object, answer: Answer) -> float | None:
@@ -132,7 +149,7 @@ class Reward:
             if isinstance(value, SupportsFloat):  # "1" does not
                 number = float(value)
         if not math.isfinite(number):
-            found = f"reward: {self.name} returned {short(value)} for the prompt {short(answer.prompt.text)}"
+            found = f"reward: {self.name} returned {short(value)} for {answer}"
             raise TaskError(f"{found}. It must return a finite number")
         return number
 
@@ -227,7 +244,7 @@ class Workers:
                 values += future.result(max(0.0, end - time.monotonic()))
         except BaseException as error:
             self.kill()
-            asked = f"for the prompt {short(answers[len(values)].prompt.text)}"
+            asked = f"for {answers[len(values)]}"
             if isinstance(error, TimeoutError):
                 longer = f"To wait longer: --stage-timeout reward={2 * self.timeout_s:g}"
                 found = f"did not return within {self.timeout_s:g} s {asked}"

@@ -5,6 +5,8 @@ The only module that knows a tokenizer: token ids go to the engines, and token i
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import json
 import random
@@ -53,7 +55,9 @@ class Task:
         if config.eval_prompts:
             rows = read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
             self.held_out = self._encode(rows, config.prompt_column)
-        self.rollout_function = load_function(config.rollout, "--rollout") if config.rollout else None
+            message = f"--eval-prompts {config.eval_prompts} has no prompt of at most {config.longest_prompt} tokens"
+            refuse_unless(bool(self.held_out), f"{message}. Try: --overlong error, which names them")
+        self.rollout_function = load_rollout(config.rollout) if config.rollout else None
         self.reward_functions = [Reward(reward, "reward")]
         if config.reward:
             self.reward_functions = [load_reward(where) for where in config.reward]
@@ -205,7 +209,7 @@ class Task:
         for sample, answer, *values in zip(samples, answers, *columns, strict=True):
             said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
             if not said:
-                found = f"reward: {' and '.join(names)} returned None for the prompt {short(answer.prompt.text)}"
+                found = f"reward: {' and '.join(names)} returned None for {answer}"
                 raise TaskError(f"{found}. One must return a number")
             sample["reward"] = sum(said)
             if len(names) > 1:
@@ -297,14 +301,29 @@ def check_task(config: Config) -> None:
     for where in config.reward:
         load_reward(where)
     if config.rollout:
-        load_function(config.rollout, "--rollout")
+        load_rollout(config.rollout)
     if config.eval_prompts:
-        read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
+        rows = read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
+        for where in config.reward:
+            load_reward(where).check_columns(next(iter(rows.values())), "--eval-prompts")
     if config.prompts:
         rows = read_prompts(config.prompts, config.prompt_column, config.split)
         require_a_step(config, len(rows))
         for where in config.reward:
             load_reward(where).check_columns(next(iter(rows.values())))
+
+
+def load_rollout(where: str) -> tuple[Callable, str]:
+    """The function of --rollout, and its name. Raises Stop(USAGE), also for one that takes other arguments."""
+    function, name = load_function(where, "--rollout")
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None, [], None)
+        except TypeError:
+            example = f"def {function.__name__}(generate, prompts, task)"
+            raise Stop(f"--rollout: {name}{signature} does not take three arguments. Try: {example}", USAGE) from None
+    return function, name
 
 
 def require_a_step(config: Config, count: int) -> None:
@@ -322,14 +341,14 @@ def check_lengths(config: Config, lengths: dict[str, int]) -> None:
     empty = next((place for place, length in lengths.items() if not length), "")
     refuse_unless(not empty, f"{empty} is an empty prompt, without a token. Take it out")
     overlong = {place: length for place, length in lengths.items() if length > config.longest_prompt}
-    if not overlong or (config.prompts and config.overlong == "drop"):
+    if not overlong or (config.has_file_of_prompts and config.overlong == "drop"):
         return
     place, length = next(iter(overlong.items()))
     found = f"{place} is a prompt of {length} tokens"
     if len(overlong) > 1:
         found += f", the first of {len(overlong)} that are too long"
     room = f"the script's own may have {LONGEST_PROMPT}. Put it into a file, and try: --prompts FILE.jsonl"
-    if config.prompts:
+    if config.has_file_of_prompts:
         longest = max(overlong.values())
         room = f"--max-model-len {config.max_model_len} leaves {config.longest_prompt} beside --max-tokens "
         room += f"{config.max_tokens}. Try: --overlong drop, or --max-model-len {longest + config.max_tokens}"

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
-from colocate.config import MISSING, refuse_unless
+from colocate.config import MISSING, USAGE, Stop, refuse_unless
 
 PROJECT = "rlhf_colocate"
 
@@ -82,4 +82,13 @@ def split(names: str | None) -> list[str]:
 
 
 def start(names: str | None, config: dict) -> list[Tracker]:
-    return [KINDS[name](config) for name in split(names)]
+    """Raises Stop(USAGE) for one that does not start, such as wandb without a login."""
+    found = []
+    for name in split(names):
+        try:
+            found.append(KINDS[name](config))
+        except Exception as error:  # of its library's kinds
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            offline = ", or try: WANDB_MODE=offline" if name == "wandb" else ""
+            raise Stop(f"--report-to {name} does not start ({cause}). Leave it out{offline}", USAGE) from None
+    return found

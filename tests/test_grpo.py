@@ -131,6 +131,13 @@ def test_advantages_are_scaled_by_the_group_the_batch_or_not_at_all():
     assert grpo.advantages(rewards, 2, "group") == pytest.approx([c / math.sqrt(2) for c in centred], rel=1e-3)
 
 
+def test_the_correction_is_not_of_the_kl():
+    """As in TRL: a sequence that is masked for its ratio still pulls towards the starting weights."""
+    given = (torch.zeros(1), torch.zeros(1), torch.ones(1), 1, 0.2, torch.full((1,), 0.5), 0.1)
+    loss, sums = grpo.grpo_loss(*given, weight_N=torch.full((1,), 2.0), correction_N=torch.zeros(1))
+    assert float(loss) == pytest.approx(2 * 0.1 * (math.exp(0.5) - 0.5 - 1)) and int(sums["masked"]) == 1
+
+
 @pytest.mark.parametrize(
     "ratio, advantage, objective", [(1.5, 1, 1.2), (0.5, -1, -0.8), (0.5, 1, 0.5), (1.5, -1, -1.5)]
 )

@@ -263,8 +263,9 @@ def test_flags_that_exclude_each_other():
         ("{", "--engine-args { is no JSON object. Try: --engine-args '{"),
         ("[1]", "is no JSON object"),
         ('{"blocksize": 32}', "has blocksize, which vLLM does not know. Did you mean block_size?"),
-        ('{"dtype": "half"}', "sets dtype, which this script sets. Try: --dtype"),
-        ('{"hf_overrides": {}}', "sets hf_overrides, which this script sets. Leave it out"),
+        ('{"dtype": "half"}', "sets dtype, which is this script's. Try: --dtype"),
+        ('{"quantization": "fp8"}', "sets quantization, and no push fits what engines then have. Leave it out"),
+        ('{"hf_overrides": {}}', "sets hf_overrides, which is this script's. Leave it out"),
     ],
 )
 def test_engine_args_that_vllm_does_not_know_are_refused(given, says):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from running import ROOT, deadline, eventually
 
 import rlhf_colocate as rc
-from colocate.config import FAIL, MISSING, USAGE, Config, Stop, check_loop
+from colocate.config import FAIL, LONGEST_PROMPT, MISSING, USAGE, Config, Stop, check_loop
 from colocate.memory import rehearsal_kv_bytes
 from colocate.model_folder import Model
 from colocate.prompts import Prompt, json_lines, read_prompts
@@ -276,9 +277,14 @@ def test_a_split_is_a_part(model, tmp_path, cache, file):
     assert "q.csv cannot be read (" in said and said.endswith("Check the file, --split test")
 
 
-@pytest.mark.parametrize("name, content", [("q.json", "{"), ("q.csv", ""), ("q.parquet", "no parquet")])
+@pytest.mark.parametrize("name, content", [("q.json", "{"), ("q.parquet", "no parquet")])
 def test_a_file_that_datasets_cannot_read_is_refused(name, content, file, cache):
     assert f"{name} cannot be read (" in message(USAGE, check_task, Config(prompts=file(name, content)))
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.csv", "q.parquet"])
+def test_an_empty_file_is_said_to_be_empty(name, file, cache):
+    assert f"{name} is empty. Give a file with" in message(USAGE, check_task, Config(prompts=file(name, "")))
 
 
 def test_an_empty_folder_is_refused(tmp_path, cache):
@@ -473,7 +479,8 @@ def test_a_reward_must_be_a_finite_number(value, model, file):
     it = task(model, reward=(file("mine.py", f"def f(p, c): return {value}") + ":f",))
     said = message(FAIL, worth, it, it.prompts(0)[0], [5])
     assert said.startswith(f"reward: mine.py:f returned {repr(eval(value))[:90]}")
-    assert said.endswith("for the prompt 'The capital of France is'. It must return a finite number")
+    assert "for the prompt 'The capital of France is' and the completion '" in said
+    assert said.endswith("'. It must return a finite number")
 
 
 def test_a_reward_that_raises_is_named_with_its_line_and_prompt(model, file, capsys):
@@ -484,7 +491,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_prompt(model, file, cap
     assert said.startswith(
         "reward: mine.py:f raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py, "
     )
-    assert said.endswith("line 7) for the prompt 'The capital of France is'")
+    assert "line 7) for the prompt 'The capital of France is' and the completion '" in said
     assert "return json.loads('no')" in capsys.readouterr().err, "--verbose shows the traceback"
     own = Task(Config(), model, TEXTS, lambda prompt, completion: prompt / 2)
     said = message(FAIL, worth, own, own.prompts(0)[0], [5])
@@ -587,15 +594,62 @@ def test_a_reward_of_trl_gets_chats_as_messages(chat_model, file, trl):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("few", "trl.py:few returned 1 values for 2 completions, the first one for the prompt '1 + 1 ='"),
+        ("few", r"trl.py:few returned 1 values for 2 completions, the first one for the prompt '1 \+ 1 ='"),
         ("one", "trl.py:one returned 0 values for 2 completions, the first one"),
-        ("bad", "trl.py:bad returned nan for the prompt '1 + 1 ='. It must return a finite number"),
-        ("right", "trl.py:right returned None for the prompt '1 + 1 ='. One must return a number"),
+        (
+            "bad",
+            r"bad returned nan for the prompt '1 \+ 1 =' and the completion ' ?tea'\. It must return a finite number",
+        ),
+        (
+            "right",
+            r"right returned None for the prompt '1 \+ 1 =' and the completion ' ?tea'\. One must return a number",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_reward_of_trl_is_named(name, says, model, file, trl):
     it = task(model, **chats(file, "1 + 1 ="), reward=trl(name))
-    assert says in message(FAIL, it.score, it.prompts(0), answered(it, "tea", "tea"))
+    assert re.search(says, message(FAIL, it.score, it.prompts(0), answered(it, "tea", "tea")))
+
+
+def test_a_reward_of_trl_may_log_and_wait(model, file):
+    code = "async def f(completions, log_metric, log_extra, **columns):\n    log_metric('length', 1.0)\n"
+    code += "    log_extra('text', completions)\n    return [len(c) for c in completions]\n"
+    it = task(model, **chats(file, "1 + 1 ="), reward=(file("mine.py", code) + ":f",))
+    samples = answered(it, "tea", "2")
+    it.score(it.prompts(0), samples)
+    assert [s["reward"] for s in samples] == [len(it.text(s["tokens"])) for s in samples]
+
+
+def test_what_trls_trainer_alone_has_is_refused(file):
+    code = "def f(completions, trainer_state, **columns):\n    return [0.0 for c in completions]\n"
+    config = Config(**chats(file, "1 + 1 ="), reward=(file("mine.py", code) + ":f",))
+    assert "mine.py:f wants trainer_state, which TRL's trainer has" in message(USAGE, check_task, config)
+
+
+def test_a_column_that_the_evaluation_lacks_is_named_before_anything_slow(file, trl):
+    held_out = file("eval.jsonl", json.dumps({"prompt": "3 + 3 ="}))
+    config = Config(**chats(file, "1 + 1 ="), reward=trl("right"), eval_prompts=held_out)
+    said = message(USAGE, check_task, config)
+    assert "trl.py:right wants answer, and the prompts have only prompt. Give --eval-prompts with it" in said
+
+
+def test_an_evaluation_must_have_a_prompt_left(model, file):
+    held_out = file("eval.jsonl", json.dumps({"prompt": "word " * 200, "answer": "2"}))
+    options = {**chats(file, "1 + 1 ="), "max_prompt_length": 20, "overlong": "drop"}
+    said = message(USAGE, lambda: task(model, **options, eval_prompts=held_out))
+    assert "has no prompt of at most 20 tokens. Try: --overlong error" in said
+
+
+def test_prompts_of_an_evaluation_alone_may_fill_the_context(model, file):
+    held_out = file("eval.jsonl", json.dumps({"prompt": "word " * 60}))
+    assert len(task(model, eval_prompts=held_out).held_out[0].token_ids) > LONGEST_PROMPT
+
+
+@pytest.mark.parametrize("arguments", ["a", "generate, prompts, task, more"])
+def test_a_rollout_that_takes_other_arguments_is_refused_early(arguments, file):
+    config = Config(rollout=file("turns.py", f"def f({arguments}):\n    return []\n") + ":f")
+    said = message(USAGE, check_task, config)
+    assert f"turns.py:f({arguments}) does not take three arguments. Try: def f(generate, prompts, task)" in said
 
 
 def test_a_column_that_is_missing_is_named_before_anything_slow(file, trl):
@@ -628,7 +682,7 @@ def raises(prompt, completion, row):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("hangs", "did not return within 1 s for the prompt 'second'. To wait longer: --stage-timeout reward=2"),
+        ("hangs", "did not return within 1 s for the prompt 'second' and the completion "),
         ("dies", "ended its process for the prompt 'first'"),
         ("raises", "raised KeyError: 'no such thing' (hanging.py, line 13) for the prompt 'first'"),
     ],

@@ -21,7 +21,7 @@ import pytest
 
 import rlhf_colocate as rc
 from colocate import cluster, fleet, sharding, trackers
-from colocate.config import FAIL, Config, Lost, Stop
+from colocate.config import FAIL, USAGE, Config, Lost, Stop
 from colocate.memory import SleepLevel
 from colocate.report import Report, equal_groups
 from colocate.watch import Watch
@@ -169,6 +169,16 @@ def test_metrics_go_where_one_looks_at_curves(name, tmp_path, signals, monkeypat
         events = EventAccumulator(str(tmp_path)).Reload()
         assert {"reward", "loss", "seconds/rollout", "eval/reward"} <= set(events.Tags()["scalars"])
         assert [(e.step, e.value) for e in events.Scalars("eval/reward")] == [(0, 0.5)]
+
+
+def test_a_tracker_that_does_not_start_is_one_line(monkeypatch):
+    def fail(config):
+        raise OSError("no\nlogin")
+
+    monkeypatch.setitem(trackers.KINDS, "wandb", fail)
+    with pytest.raises(Stop, match=r"--report-to wandb does not start \(OSError: no login\)\. .* WANDB_MODE") as stop:
+        trackers.start("wandb", {})
+    assert stop.value.code == USAGE
 
 
 def test_numbers_for_curves_have_names_with_slashes():
