@@ -344,7 +344,9 @@ class Colocation:
 
     def start_ray(self) -> None:
         self.cluster.start(self.model.environment, self.fleet.deadline())
-        self.cluster.place(self.fleet.deadline(), functools.partial(check_nodes, self.config, self.model, self.report))
+        check = functools.partial(check_nodes, self.config, self.model, self.report)
+        self.config = self.cluster.place(self.fleet.deadline(), check)
+        self.report.placed(self.config)
 
     def start(self, names: list[str]) -> None:
         """Start these actors: all of them at first, later those that were lost."""

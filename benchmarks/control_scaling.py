@@ -3,8 +3,9 @@
 python benchmarks/control_scaling.py [GPUS ...] --output results/control-scaling.json     (default: 8 16 32 64)
 
 Of each layout, with engines of TP=2: seconds of the placement and of the actors' start; milliseconds of one call to all
-engines by `Fleet.ask` and by Ray alone, of the watch's round over all processes, and of a recovery without the start of
-what was lost. The lines that are fitted say how each grows with the number of engines, GPUs or processes.
+engines by `Fleet.ask` and by Ray alone, in turns, of the watch's round over all processes, and of a recovery without
+the start of what was lost. beyond_ray_ms: the median of the pairs' differences, between its quartiles. The lines that
+are fitted say how each grows with the number of engines, GPUs or processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +42,15 @@ class Stub:
         return {"workers": [{"version": version, "bytes": 0}] * TP, "wake_ms": 0, "reset_ms": 0, "wake_kv_ms": 0}
 
 
-def milliseconds(function, *args, times: int = CALLS) -> float:
-    """Median of so many calls."""
-    found = []
+def milliseconds(*functions: Callable[[], object], times: int = CALLS) -> list[list[float]]:
+    """So many calls of each, in turns."""
+    found: list[list[float]] = [[] for _ in functions]
     for _ in range(times):
-        start = time.perf_counter()
-        function(*args)
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found)
+        for function, each in zip(functions, found, strict=True):
+            start = time.perf_counter()
+            function()
+            each.append(1e3 * (time.perf_counter() - start))
+    return found
 
 
 def measure(gpus: int) -> dict:
@@ -81,9 +84,10 @@ def measure(gpus: int) -> dict:
         started = time.perf_counter() - start
         call = ("push", "push_weights", 1, 1)
         actors = [fleet.actors[name] for name in engines]
-        bare = milliseconds(lambda: ray.get([actor.push.remote(*call[1:]) for actor in actors]))
-        asked = milliseconds(lambda: fleet.ask(engines, *call))
-        watched = milliseconds(fleet.watch.ended, times=20)
+        alone = lambda: ray.get([actor.push.remote(*call[1:]) for actor in actors])  # noqa: E731
+        bare, asked = milliseconds(alone, lambda: fleet.ask(engines, *call))
+        low, beyond, high = statistics.quantiles([b - a for a, b in zip(bare, asked, strict=True)], n=4)
+        (watched,) = milliseconds(fleet.watch.ended, times=20)
         os.kill(fleet.reports[engines[-1]][0]["pid"], 9)
         start = time.perf_counter()
         try:
@@ -96,7 +100,8 @@ def measure(gpus: int) -> dict:
                 fleet.end(gone)
         recovered = time.perf_counter() - start
         row = {"gpus": gpus, "engines": len(engines), "processes": len(everyone), "placement_s": placed}
-        row |= {"start_s": started, "bare_call_ms": bare, "ask_ms": asked, "watch_ms": watched}
+        row |= {"start_s": started, "bare_call_ms": statistics.median(bare), "ask_ms": statistics.median(asked)}
+        row |= {"beyond_ray_ms": beyond, "beyond_ray_quartiles": [low, high], "watch_ms": statistics.median(watched)}
         return row | {"noticed_s": noticed, "recovery_s": recovered, "lost": sorted(gone)}
     finally:
         ray.shutdown()
@@ -117,8 +122,6 @@ def main() -> int:
     for gpus in args.gpus:
         rows.append(measure(gpus))
         print(json.dumps(rows[-1]), flush=True)
-    for row in rows:
-        row["beyond_ray_ms"] = row["ask_ms"] - row["bare_call_ms"]
     pairs = [("gpus", "placement_s"), ("engines", "bare_call_ms"), ("engines", "ask_ms"), ("engines", "beyond_ray_ms")]
     pairs += [("processes", "watch_ms"), ("processes", "recovery_s")]
     fits = [fit(rows, *pair) for pair in pairs] if len(rows) > 1 else []

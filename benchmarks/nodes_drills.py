@@ -122,7 +122,7 @@ DRILLS = {
         GONE,
     ),
     "node": Drill(
-        "all processes of the other node are killed at once; the trainers' shards are on both (--push gather)",
+        "all processes of the other node are killed at once; the trainers' shards are on both (--push auto: gather)",
         "the run ends, and says what is missing",
         lambda hosts: hosts[1].kill(),
         GONE,
@@ -163,7 +163,7 @@ RUNS = [
     (["worker", "trainer", "engine", "cut-20", "raylet"], 3, ["--max-restarts", "9", "--steps", "40"], PASS),
     (["node-spare"], 3, ["--steps", "40"], PASS),
     (["node-smaller"], 2, ["--steps", "40", "--min-gpus", "2"], PASS),
-    (["node"], 2, ["--steps", "40", "--trainer", "fsdp", "--push", "gather", "--shard-size", "4"], FAIL),
+    (["node"], 2, ["--steps", "40", "--trainer", "fsdp", "--shard-size", "4"], FAIL),
     (["cut-120"], 2, ["--steps", "40", "--min-gpus", "2"], PASS),
     (["other-package"], 2, [], MISSING),
     (["no-model"], 2, [], MISSING),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import shutil
@@ -290,21 +291,32 @@ class Cluster:
         return [node for node in find_nodes() if node.id not in bad]
 
     def _plan(self) -> list[tuple[Node, int]]:
-        """Which nodes give how many GPUs. Raises Stop(MISSING), with every node's name, if there are not enough."""
+        """Which nodes give how many GPUs. Raises Stop(MISSING), with every node's name, if there are not enough.
+
+        Where no node has room for a replica's shards, --push auto becomes gather.
+        """
         n = self.config.num_gpus
-        unit = self.config.gpus_of_one_node
         nodes = self._find_nodes()
-        found = plan(nodes, n, unit, self.config.gpus_per_node)
+        choices = [self.config]
+        if self.config.push == "auto":
+            choices.append(dataclasses.replace(self.config, push="gather"))
+        for config in choices:
+            unit = config.gpus_of_one_node
+            found = plan(nodes, n, unit, config.gpus_per_node)
+            if sum(count for _, count in found) == n:
+                self.config = config
+                break
         reasons = [f"{self.watch.name(node)}: {line}" for node, lines in self.unfit.items() for line in lines]
         reasons += [f"{self.watch.name(node)}: {why}" for node, why in self.watch.gone.items()]
         require_room(found, nodes, n, unit, self.address, reasons)
         return found
 
-    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict]) -> None:
+    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict]) -> Config:
         """Book the bundles, one per GPU: in one placement group, on a cluster in one on each node that is needed.
 
         check: says what is wrong with the nodes of a cluster, {node's id: lines}. Raises Stop(MISSING) if the GPUs do
-        not come free in time, or there are too few on nodes that can be used.
+        not come free in time, or there are too few on nodes that can be used. Returns the configuration, with --push
+        auto resolved.
         """
         found = [(None, self.config.num_gpus)]
         if self.address:
@@ -316,6 +328,9 @@ class Cluster:
         for node, count in found:
             self._book(list(range(first, first + count)), node, deadline)
             first += count
+        if self.config.push == "auto":
+            self.config = dataclasses.replace(self.config, push="recorded")
+        return self.config
 
     def _book(self, bundles: list[int], node: Node | None, deadline: tuple[float, float, str]) -> None:
         """A placement group with these bundles. node: where it has to be."""

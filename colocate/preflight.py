@@ -538,8 +538,9 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             note = note.partition(",")[0] + ", but the nodes' memory was not looked at. --shard-size N sets it"
         notes.append(note)
         check_memory(config)
-        config, note = choose_push(config, walls)
-        notes.append(note)
+        if own_ray or config.trainer != "fsdp":  # else it depends on the nodes
+            config, note = choose_push(config, walls)
+            notes.append(note)
         for name in FOLDERS:
             if getattr(config, name):
                 trained = trained_parameters(config, model.config, model.parameters)

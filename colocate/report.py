@@ -116,6 +116,12 @@ class Report:
         settings = dataclasses.asdict(config)
         self.data["config"] = {name: published(value) for name, value in settings.items()}
 
+    def placed(self, config: Config) -> None:
+        """The flags as they are once the nodes of a cluster are chosen."""
+        if config.push != self.config.push and config.push == "gather":
+            self("place", "--push auto: gather, since no node has room for all shards of a replica")
+        self.settings(config)
+
     def track(self) -> None:
         """Begin to send metrics to --report-to. Before Ray: processes that are started later are ended with it."""
         self.trackers = trackers.start(self.config.report_to, self.data["config"])

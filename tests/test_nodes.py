@@ -64,6 +64,23 @@ def test_nodes_that_cannot_hold_the_layout_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
+    "free, push, chosen",
+    [((4,), "auto", "auto"), ((2, 2), "auto", "gather"), ((2, 1), "auto", None), ((2, 2), "recorded", None)],
+)
+def test_shards_that_no_node_has_room_for_are_gathered(monkeypatch, free, push, chosen):
+    config = Config(trainer="fsdp", shard_size=4, num_gpus=4, push=push)
+    it = Cluster(config, Path(), True, ClusterWatch())
+    it.unfit = {}
+    monkeypatch.setattr(it, "_find_nodes", lambda: nodes(*free))
+    if chosen is None:
+        with pytest.raises(Stop, match="4 are needed"):
+            it._plan()
+        return
+    assert sum(take for _, take in it._plan()) == 4
+    assert it.config.push == chosen
+
+
+@pytest.mark.parametrize(
     "flags, says",
     [
         ({"min_gpus": 5}, "--min-gpus 5 must be .* from 2 .* to 4"),
