@@ -260,10 +260,12 @@ def test_two_hosts_lose_a_worker_and_then_one_of_them(hosts, shared):
     first, second = hosts
     # Many steps, of a tenth of a second each: the run goes on while a worker is looked for.
     at = [(r"\[step\] +1/", lambda: kill_worker(second)), ("recovered in", lambda: None), (r"\[step\] ", second.kill)]
-    flags = ["--steps", "60", "--max-restarts", "2", "--min-gpus", "2"]
+    flags = ["--steps", "60", "--max-restarts", "2", "--min-gpus", "2", "--trainer", "fsdp", "--shard-size", "2"]
     run = Run(hosts, shared, *TWO, *flags, *shape(shared, **TINY), at=at, seconds=deadline(300))
     assert run.code == PASS, run.output
     require_proof(run.report)
+    # Shards within a host, replicas between them.
+    assert "FSDP2 in shards of 2" in run.output and "2 replicas bitwise identical" in run.output
     rows = run.report["placement"]
     assert [row["node"] for row in rows] == ["host1 (10.77.0.1)"] * 2 + ["host2 (10.77.0.2)"] * 2
     assert [row["engine"] for row in rows] == [0, 0, 1, 1] and len({row["gpu"] for row in rows}) == 4
