@@ -161,6 +161,12 @@ def test_the_flags_of_an_example_are_the_scripts(example):
     assert "num_gpus" in flags and flags <= Config.__dataclass_fields__.keys()
 
 
+def test_the_example_of_kuberay_says_which_ray_it_is_for():
+    """KubeRay takes no `authOptions` without it."""
+    [version] = re.findall(r'^    rayVersion: "(.+?)"', (ROOT / "examples/kuberay.yaml").read_text(), re.MULTILINE)
+    assert f"ray=={version}" in (ROOT / "requirements-cpu.txt").read_text().split()
+
+
 WATCHER = """
 import sys
 from colocate.nodes import NodeWatch
