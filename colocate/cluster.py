@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,7 +191,7 @@ class Cluster:
         self.rehearsal = rehearsal
         self.watch = watch
         self.address = address_of(config)
-        self.check: Callable[[ClusterWatch], dict] | None = None  # see `place`
+        self.check: Callable[[ClusterWatch, list[str]], dict] | None = None  # see `place`
         self.unfit: dict[str, list[str]] = {}  # node's id -> why it is not used
         self.places: dict[int, tuple] = {}  # bundle -> (placement group, index in it, Node or None)
         self.not_ours = frozenset()  # children of this process that are nothing of Ray's
@@ -278,12 +279,12 @@ class Cluster:
             raise
 
     def _start_watchers(self, end: float) -> None:
-        """A watcher on each node that has none, with a copy of the run's folder; and the check of what nodes have."""
+        """A watcher on each node that has none, with a copy of the run's folder; and the check of what it has."""
         new = [node for node in find_nodes() if node.id not in self.watch.nodes]
         self.watch.start(new, self.folder, end - time.monotonic())
         if new:
             self.watch.spread(self.folder)
-            self.unfit |= self.check(self.watch)
+            self.unfit |= self.check(self.watch, [node.id for node in new])
 
     def _find_nodes(self) -> list[Node]:
         """Those that can be used."""
@@ -311,11 +312,11 @@ class Cluster:
         require_room(found, nodes, n, unit, self.address, reasons)
         return found
 
-    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch], dict]) -> Config:
+    def place(self, deadline: tuple[float, float, str], check: Callable[[ClusterWatch, list[str]], dict]) -> Config:
         """Book the bundles, one per GPU: in one placement group, on a cluster in one on each node that is needed.
 
-        check: says what is wrong with the nodes of a cluster, {node's id: lines}. Raises Stop(MISSING) if the GPUs do
-        not come free in time, or there are too few on nodes that can be used. Returns the configuration, with --push
+        check: says what is wrong with these nodes of a cluster, {node's id: lines}. Raises Stop(MISSING) if the GPUs
+        do not come free in time, or there are too few on nodes that can be used. Returns the configuration, with --push
         auto resolved.
         """
         found = [(None, self.config.num_gpus)]
@@ -412,7 +413,8 @@ class Cluster:
             return set()
         self._start_watchers(deadline[0])
         nodes = self._find_nodes()
-        for node, count in plan(nodes, len(gone), self.config.gpus_of_one_node, self.config.gpus_per_node):
+        held = Counter(node.id for _, _, node in self.places.values())
+        for node, count in plan(nodes, len(gone), self.config.gpus_of_one_node, self.config.gpus_per_node, held):
             self._book(gone[:count], node, deadline)
             gone = gone[count:]
         return {*gone}

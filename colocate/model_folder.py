@@ -71,6 +71,12 @@ class Model:
         capped = self.rehearsal and self.config.get("attn_logit_softcapping")
         return {"RLHF_COLOCATE_ARCHITECTURE": self.architecture} | ({"RLHF_COLOCATE_AVX2": "1"} if capped else {})
 
+    @property
+    def download(self) -> str:
+        """What to type for the same folder on another host; "" if it is not in the cache of a hub's models."""
+        found = re.search("/models--([^/]+)/snapshots/([^/]+)$", str(self.source))
+        return f"hf download {found[1].replace('--', '/')} --revision {found[2]}" if found else ""
+
     def files_beside(self) -> list[Path]:
         """Tokenizer and the like, which a checkpoint has beside its weights."""
         return sorted({f for pattern in BESIDE for f in self.folder.glob(pattern) if f.is_file()})

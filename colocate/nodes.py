@@ -66,13 +66,17 @@ def find_nodes() -> list[Node]:
     return [node for _, node in sorted(found, key=lambda pair: (pair[0], pair[1].address))]
 
 
-def plan(nodes: list[Node], count: int, unit: int, per_node: int | None = None) -> list[tuple[Node, int]]:
+def plan(
+    nodes: list[Node], count: int, unit: int, per_node: int | None = None, held: dict[str, int] | None = None
+) -> list[tuple[Node, int]]:
     """So many GPUs on these nodes, of each a multiple of `unit`, which is never split over nodes. [(node, GPUs)].
 
-    On one node if it has room for all, else on as few as possible. per_node: GPUs of a node, at most. Fewer than
-    `count` in all, where there are not enough.
+    On one node if it has room for all, else on as few as possible. per_node: GPUs of a node, at most, with those that
+    the run has there already, held: {node's id: GPUs}. Fewer than `count` in all, where there are not enough.
     """
-    room = {node: min(node.free, per_node or node.free) // unit * unit for node in nodes}
+    held = held or {}
+    most = {node: per_node - held.get(node.id, 0) if per_node else node.free for node in nodes}
+    room = {node: min(node.free, most[node]) // unit * unit for node in nodes}
     whole = [node for node in nodes if room[node] >= count]
     order = whole or sorted(nodes, key=lambda node: -room[node])  # stable: the head first, where they are alike
     found = []

@@ -415,18 +415,23 @@ def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_nodes(config: Config, model: Model, report: Report, watch: ClusterWatch) -> dict[str, list[str]]:
-    """Look at all nodes of a cluster at once: {node's id: what is not as on the driver's host, or not as needed}.
+def check_nodes(
+    config: Config, model: Model, report: Report, watch: ClusterWatch, new: list[str]
+) -> dict[str, list[str]]:
+    """Look at these nodes, all at once: {node's id: what is not as on the driver's host, or not as needed}.
 
-    Only nodes that cannot be used have an entry.
+    Only nodes that cannot be used have an entry. new: ids of nodes that have nothing of the run yet. The GPUs of others
+    are full of its own engines.
     """
     ours = find_facts(str(model.folder))
-    found = watch.ask("call", find_facts, str(model.folder), seconds=config.timeout)
-    wrong = {}
+    asked = dict.fromkeys(new, (find_facts, str(model.folder)))
+    found = watch.ask("call", each=asked, seconds=config.timeout)
+    wrong = {node: ["it does not answer"] for node in new if node not in found and node not in watch.gone}
     for node, facts in found.items():
-        lines = differences(ours, facts, str(model.folder))
+        free = watch.nodes[node].free
+        lines = differences(ours, facts, model, engines_of(config, free))
         if not model.rehearsal:
-            lines += full_gpus(config, model, facts["gpus"], watch.nodes[node].free)
+            lines += full_gpus(config, model, facts["gpus"], free)
         if lines:
             wrong[node] = lines
     if config.checkpoint:
@@ -457,8 +462,17 @@ def find_facts(model: str) -> dict:
     }
 
 
-def differences(ours: dict, theirs: dict, model: str) -> list[str]:
-    """Of `find_facts` of the driver's host and of a node: why the node cannot be used, one line for each reason."""
+def engines_of(config: Config, free: int) -> int:
+    """So many engines a node with these free GPUs gets at most; 1 for one that gets none."""
+    room = min(free, config.gpus_per_node or free)
+    return min(max(1, room // config.tensor_parallel_size), config.num_engines)
+
+
+def differences(ours: dict, theirs: dict, model: Model, engines: int) -> list[str]:
+    """Of `find_facts` of the driver's host and of a node: why the node cannot be used, one line for each reason.
+
+    engines: that the node is to have room for.
+    """
     lines = []
     for package in sorted({*ours["versions"], *theirs["versions"]}):
         here = ours["versions"].get(package, "none")
@@ -469,11 +483,13 @@ def differences(ours: dict, theirs: dict, model: str) -> list[str]:
             fix = f"Try there: pip install {package}=={here}"
             lines.append(f"it has {package} {there}, and the driver {here}. {fix}")
     if ours["model"] != theirs["model"]:
-        what = f"the model's folder {model} is not there"
+        what = f"the model's folder {model.source} is not there"
         if theirs["model"]:
-            what = f"the model's folder {model} holds another model (digest {theirs['model']}, not {ours['model']})"
-        lines.append(f"{what}. Copy it to the same place on each node")
-    need = shared_memory_mib(engines=1)
+            digests = f"digest {theirs['model']}, not {ours['model']}"
+            what = f"the model's folder {model.source} holds another model ({digests})"
+        fix = f", or try there: {model.download}" if model.download else ""
+        lines.append(f"{what}. Copy it to the same place on each node{fix}")
+    need = shared_memory_mib(engines)
     if theirs["shm_mib"] < need:
         fix = "Try: mount -o remount,size=4G /dev/shm, or start the container with --shm-size=4g"
         lines.append(f"its /dev/shm has {theirs['shm_mib']:.0f} MiB free, and {need} are needed. {fix}")

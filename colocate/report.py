@@ -189,8 +189,8 @@ class Report:
         self("verify", f"{name}: {found}")
 
     def nodes(self, facts: dict[str, dict], differences: dict[str, list[str]]) -> None:
-        """Of each node of a cluster: what it has, and why it is not used, if it is not."""
-        self.data["nodes"] = facts
+        """Of each new node of a cluster: what it has, and why it is not used, if it is not."""
+        self.data.setdefault("nodes", {}).update(facts)
         for node, found in facts.items():
             free = [f"{gpu['free'] / 1024:.1f}" if gpu["free"] else "?" for gpu in found["gpus"]]
             gpus = f"{len(free)} x {found['gpus'][0]['name']} ({', '.join(free)} GiB free), " if free else ""

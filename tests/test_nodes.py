@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +21,9 @@ from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
 from colocate.cluster import Cluster, environment
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
+from colocate.model_folder import Model
 from colocate.nodes import ClusterWatch, Node, link, list_files, plan, require_room, write
-from colocate.preflight import differences, full_gpus, preflight
+from colocate.preflight import check_nodes, differences, engines_of, find_facts, full_gpus, preflight
 from colocate.report import Report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,9 +99,10 @@ def test_flags_of_a_cluster_that_cannot_be(flags, says):
 
 def test_what_a_node_lacks_is_one_line_each():
     ours = {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "shm_mib": 9000, "model": "abc"}
-    assert differences(ours, ours | {"versions": {"python": "3.11.9", "torch": "2.13.0"}}, "/m") == []
+    model = Model(Path("/m"), Path("/m"), "auto", {})
+    assert differences(ours, ours | {"versions": {"python": "3.11.9", "torch": "2.13.0"}}, model, 1) == []
     theirs = {"versions": {"python": "3.12.1", "torch": "2.12.0", "vllm": "0.32"}, "shm_mib": 10, "model": ""}
-    lines = differences(ours, theirs, "/m")
+    lines = differences(ours, theirs, model, 1)
     assert [re.split(r"[,.] ", line)[0] for line in lines] == [
         "it has python 3.12",
         "it has torch 2.12.0",
@@ -106,6 +110,67 @@ def test_what_a_node_lacks_is_one_line_each():
         "the model's folder /m is not there",
         "its /dev/shm has 10 MiB free",
     ]
+
+
+def test_a_model_of_the_hub_can_be_downloaded_on_a_node_that_lacks_it():
+    folder = Path("/cache/hub/models--facebook--opt-125m/snapshots/27dcfa74")
+    ours = {"versions": {}, "shm_mib": 9000, "model": "abc"}
+    [line] = differences(ours, ours | {"model": ""}, Model(folder, folder, "auto", {}), 1)
+    assert line.endswith("on each node, or try there: hf download facebook/opt-125m --revision 27dcfa74")
+
+
+def test_a_node_needs_room_in_shm_for_all_engines_that_it_can_get():
+    assert [engines_of(Config(num_gpus=8), free) for free in (1, 3, 6, 16)] == [1, 1, 3, 4]
+    assert engines_of(Config(num_gpus=8, gpus_per_node=4), 8) == 2
+    ours = {"versions": {}, "shm_mib": 330, "model": "abc"}
+    model = Model(Path("/m"), Path("/m"), "auto", {})
+    assert differences(ours, ours, model, 1) == []
+    [line] = differences(ours, ours, model, 4)
+    assert line.startswith("its /dev/shm has 330 MiB free, and 512 are needed")
+
+
+def test_of_nodes_that_join_a_run_only_they_are_looked_at(monkeypatch):
+    """The GPUs of the others are full of the run's own engines. A node that does not answer is not used."""
+    old, new, mute = nodes(0, 2, 2)
+    watch = ClusterWatch()
+    watch.nodes[old.id] = old
+    facts = find_facts("/m")
+    gpu = {"index": "0", "name": "A", "total": 81559.0}
+    gpus = {old.id: [gpu | {"free": 2000.0}], new.id: [gpu | {"free": 81000.0}] * 2}
+
+    def ask(method, *args, each=None, seconds=0.0):
+        return {node: facts | {"gpus": gpus[node]} for node in (watch.nodes if each is None else each) if node in gpus}
+
+    monkeypatch.setattr(watch, "ask", ask)
+    monkeypatch.setattr(watch, "start", lambda found, *_: watch.nodes.update({node.id: node for node in found}))
+    monkeypatch.setattr(watch, "spread", lambda folder: None)
+    monkeypatch.setattr("colocate.cluster.find_nodes", lambda: [old, new, mute])
+    config = Config(ray_address="auto", steps=1, gpu_memory_utilization=0.4)
+    model = SimpleNamespace(folder=Path("/m"), download="", rehearsal=False, config={}, parameters=500_000_000)
+    report = Report(config, [])
+    cluster = Cluster(config, Path(), rehearsal=False, watch=watch)
+    cluster.check = partial(check_nodes, config, model, report)
+    cluster._start_watchers(0.0)
+    assert cluster.unfit == {mute.id: ["it does not answer"]}
+    assert cluster._find_nodes() == [old, new]
+    assert [*report.data["nodes"]] == [str(new)]
+
+
+def test_what_a_lost_node_had_goes_where_gpus_per_node_leaves_room(monkeypatch):
+    """A node's GPUs that the run has already count."""
+    first, second, spare = nodes(4, 0, 2)  # of the first, the run has the other four
+    watch = ClusterWatch()
+    watch.nodes |= {node.id: node for node in (first, second, spare)}
+    watch.gone[second.id] = "its watcher has ended"
+    cluster = Cluster(Config(ray_address="auto", num_gpus=8, gpus_per_node=4), Path(), rehearsal=True, watch=watch)
+    cluster.places = {bundle: (None, bundle % 4, first if bundle < 4 else second) for bundle in range(8)}
+    booked = []
+    groups = importlib.import_module("ray.util.placement_group")  # ray.util has a function of this name
+    monkeypatch.setattr(groups, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr("colocate.cluster.find_nodes", lambda: [first, spare])
+    monkeypatch.setattr(cluster, "_book", lambda bundles, node, deadline: booked.append((node.name, bundles)))
+    assert cluster.move((0.0, 0.0, "")) == {6, 7}
+    assert booked == [("host2", [4, 5])]
 
 
 def test_a_node_whose_gpus_are_taken_past_ray_is_not_used():
