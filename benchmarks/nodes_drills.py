@@ -5,7 +5,8 @@ python benchmarks/nodes_drills.py [NAME ...] --output results/nodes-drills.json 
 Hosts are namespaces of this machine, with two logical GPUs each. A layout of four takes two of them; where there is a
 third one, it is the spare. Several drills follow one another in a run where the run survives them.
 Recorded of each: whether it ended as stated, seconds from the fault to its message and from there until the run went
-on, and what was left on any host.
+on, and what was left on any host. Where nothing may be lost there is no message: seconds from the fault to the next
+step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -69,12 +72,16 @@ def cut_for(host: Host, seconds: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """message: a regular expression of the line that tells of it; "": there is none, since nothing is lost."""
+    """message: a regular expression of the line that tells of it; "": there is none, since nothing may be lost.
+
+    ending: one of a line after it, with which the run ends.
+    """
 
     fault: str
     expected: str
     strike: Callable[[Hosts], object]
     message: str = ""
+    ending: str = ""
 
 
 SECOND = r"host2 \(10\.77\.0\.2\)"
@@ -122,10 +129,12 @@ DRILLS = {
         GONE,
     ),
     "node": Drill(
-        "all processes of the other node are killed at once; the trainers' shards are on both (--push auto: gather)",
+        "all processes of the other node are killed at once; the trainers' shards are on both (--push auto: gather); "
+        "there is a checkpoint",
         "the run ends, and says what is missing",
         lambda hosts: hosts[1].kill(),
         GONE,
+        r"had shards of trainer 0 and trainer 1's replica",
     ),
     "cut-120": Drill(
         "the other node's link is cut for 120 s; --min-gpus 2",
@@ -158,12 +167,15 @@ DRILLS = {
         r"has 3 free GPUs, and 4 are needed.* has 1 of 2 free",
     ),
 }
-# [(drills of one run, hosts, flags, exit code)]; those of START strike before it starts.
+SHARDS_ON_BOTH = ["--trainer", "fsdp", "--shard-size", "4"]
+CHECKPOINT = ["--checkpoint", "{shared}/checkpoint", "--checkpoint-every", "2"]
+# [(drills of one run, hosts, flags, exit code)]; those of START strike before it starts. {shared}: a folder
+# that all hosts see.
 RUNS = [
     (["worker", "trainer", "engine", "cut-20", "raylet"], 3, ["--max-restarts", "9", "--steps", "40"], PASS),
     (["node-spare"], 3, ["--steps", "40"], PASS),
     (["node-smaller"], 2, ["--steps", "40", "--min-gpus", "2"], PASS),
-    (["node"], 2, ["--steps", "40", "--trainer", "fsdp", "--shard-size", "4"], FAIL),
+    (["node"], 2, ["--steps", "40", *SHARDS_ON_BOTH, *CHECKPOINT], FAIL),
     (["cut-120"], 2, ["--steps", "40", "--min-gpus", "2"], PASS),
     (["other-package"], 2, [], MISSING),
     (["no-model"], 2, [], MISSING),
@@ -229,6 +241,7 @@ def play(names: list[str], count: int, flags: list[str], code: int) -> list[dict
                 else:  # three steps after the one before
                     at += [(r"\[step\] +\d+/", lambda: None)] * 3
                     at.append((r"\[step\] +\d+/", lambda name=name: strike(name, hosts)))
+            flags = [flag.format(shared=shared) for flag in flags]
             run = Run(hosts, shared, *LAYOUT, *flags, "--model", str(model), at=at, seconds=560)
             if "cut-120" in names:
                 time.sleep(max(0.0, struck["cut-120"] + 150 - time.monotonic()))  # it is back, and hears of it
@@ -236,24 +249,38 @@ def play(names: list[str], count: int, flags: list[str], code: int) -> list[dict
     finally:
         shutil.rmtree(shared, ignore_errors=True)
     rows = []
-    for name in names:
+    for name, following in itertools.zip_longest(names, names[1:]):
         drill = DRILLS[name]
         row = {"drill": name, "fault": drill.fault, "expected": drill.expected}
-        message = back = None
-        for when, line in run.lines:
-            if name in struck and when >= struck[name]:
-                if message is None and drill.message and re.search(drill.message, line):
-                    message = when
-                if message is not None and back is None and "recovered in" in line:
-                    back = when
-        as_stated = run.code == code and name in struck and (message is not None or not drill.message)
-        if code == PASS and drill.message:
-            as_stated = as_stated and back is not None
-        row |= {"as_stated": as_stated, "message_s": message and round(message - struck[name], 1)}
-        row |= {"back_s": back and round(back - message, 1), "left_behind": left}
+        row |= look(drill, run.lines, struck.get(name, math.inf), struck.get(following, math.inf), code == PASS)
+        row["as_stated"] = row["as_stated"] and run.code == code
+        row["left_behind"] = left
         rows.append(row)
         print(f"  === {json.dumps(row)}", flush=True)
     return rows
+
+
+def look(drill: Drill, lines: list[tuple[float, str]], struck: float, end: float, goes_on: bool) -> dict:
+    """How a drill went, by the lines from its strike to the next one: {"as_stated", "message_s", "back_s"}.
+
+    lines: [(when, line)]. goes_on: whether the run has to.
+    """
+
+    def first(pattern: str, since: float = struck) -> float | None:
+        return next((when for when, line in lines if since <= when < end and re.search(pattern, line)), None)
+
+    if drill.message:
+        began = message = first(drill.message)
+        back = None if message is None else first("recovered in", message)
+        as_stated = message is not None and (back is not None or not goes_on)
+        as_stated = as_stated and (not drill.ending or first(drill.ending, message) is not None)
+    else:
+        began = struck
+        message = None
+        back = first(r"\[step\]")
+        as_stated = back is not None and first(r"\[lost\]") is None
+    message_s = None if message is None else round(message - struck, 1)
+    return {"as_stated": as_stated, "message_s": message_s, "back_s": None if back is None else round(back - began, 1)}
 
 
 def main() -> int:

@@ -285,10 +285,10 @@ def nodes() -> str:
     """Drills on several hosts: seconds to the message, until the run went on, and what was left on any host."""
     rows = []
     for row in load("nodes-drills.json")["nodes-drills"]["rows"]:
-        message = "–" if row["message_s"] is None else f"{row['message_s']:.0f} s"
-        back = "" if row["back_s"] is None else f", back after {row['back_s']:.0f} s"
-        left = "" if not row["left_behind"] else f", left: {row['left_behind']}"
-        result = f"{message}{back}{left}" if row["as_stated"] else "FAILED"
+        message = None if row["message_s"] is None else f"{row['message_s']:.0f} s"
+        back = None if row["back_s"] is None else f"back after {row['back_s']:.0f} s"
+        left = f"left: {row['left_behind']}" if row["left_behind"] else None
+        result = ", ".join(filter(None, (message, back, left))) if row["as_stated"] else "FAILED"
         rows.append([f"`{row['drill']}`", row["fault"], row["expected"], result])
     return table(["drill", "fault", "what must happen", "[two cores, no GPU](../results/nodes-drills.json)"], rows)
 

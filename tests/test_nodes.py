@@ -19,6 +19,7 @@ import pytest
 from hosts import Host, Hosts, Run, why_not
 from running import ROOT, TINY, deadline, eventually, require_proof, shape
 
+from benchmarks import nodes_drills
 from colocate.cluster import Cluster, environment
 from colocate.config import MISSING, PASS, USAGE, Config, Stop, check_layout
 from colocate.model_folder import Model
@@ -230,6 +231,29 @@ def test_the_example_of_kuberay_says_which_ray_it_is_for():
     """KubeRay takes no `authOptions` without it."""
     [version] = re.findall(r'^    rayVersion: "(.+?)"', (ROOT / "examples/kuberay.yaml").read_text(), re.MULTILINE)
     assert f"ray=={version}" in (ROOT / "requirements-cpu.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    "lines, as_stated, back_s",
+    [
+        ([(9.9, "[step] 4/40"), (31.2, "[step] 5/40"), (41.0, "[lost] push: lost engine 1")], True, 21.2),
+        ([(12.0, "[lost] push: lost engine 1"), (31.0, "[step] 5/40")], False, 21.0),
+        ([(9.9, "[step] 4/40"), (41.0, "[step] 5/40")], False, None),
+    ],
+)
+def test_a_drill_in_which_nothing_may_be_lost_can_fail(lines, as_stated, back_s):
+    """By the lines from its strike, at 10 s, to the next one, at 40 s."""
+    found = nodes_drills.look(nodes_drills.DRILLS["cut-20"], lines, struck=10.0, end=40.0, goes_on=True)
+    assert found == {"as_stated": as_stated, "message_s": None, "back_s": back_s}
+
+
+def test_a_drill_in_which_the_run_ends_says_what_is_missing():
+    drill = nodes_drills.DRILLS["node"]
+    lines = [(13.0, "the node host2 (10.77.0.2) is gone"), (14.0, "FAIL: no whole replica is left, and no checkpoint")]
+    assert not nodes_drills.look(drill, lines, 10.0, 99.0, goes_on=False)["as_stated"]
+    lines[1:] = [(14.0, "FAIL: the node that is gone had shards of trainer 0 and trainer 1's replica")]
+    expected = {"as_stated": True, "message_s": 3.0, "back_s": None}
+    assert nodes_drills.look(drill, lines, 10.0, 99.0, goes_on=False) == expected
 
 
 WATCHER = """
