@@ -7,7 +7,8 @@
     vLLM engines         [0.4   E0   0.4] [0.4   E1   0.4]       MyLLM: tensor_parallel_size=2 each
 
 Two processes share each GPU, where NCCL cannot connect them. CUDA IPC can: a trainer sends 64-byte handles, the vLLM
-worker on the same GPU maps the very same memory and loads it as vLLM's own loaders would. No weight leaves its GPU.
+worker on the same GPU maps the very same memory and loads it as vLLM's own loaders would. No weight leaves its GPU, but
+where trainers hold shards.
 
     python rlhf_colocate.py                                          # 4 GPUs, two engines with TP=2
     python rlhf_colocate.py --num-gpus 1 --tensor-parallel-size 1    # 1 GPU
@@ -17,7 +18,8 @@ On a machine without a GPU, with vLLM's CPU build, the same commands rehearse th
 Ray, real vLLM, real processes; shared memory in place of CUDA IPC.
 
 Read on from here: the task, the two actors, the layout, the run. rlhf_utils.py is the push itself and stands alone.
-colocate/ is what a run needs beside these two (flags, checks, deadlines, reports); nothing in it imports this file.
+colocate/ is the rest, and imports nothing from here: GRPO's loss (grpo.py), the optimizer's step (learner.py), flags,
+checks, deadlines, reports.
 YOURS marks what to change first, and where your own trainer goes.
 """
 
@@ -29,7 +31,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from colocate import checkpoint, checks, cluster, memory, trace
@@ -69,10 +71,10 @@ class RayTrainingActor:
     def __init__(self, model: str, load_format: str, dtype: str, seed: int, sharded: bool):
         import torch
 
-        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # Ray shows a trainer its own only
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # Ray shows it its own GPU only
         self.seed = seed
         self.random_weights = load_format == "dummy"
-        # YOURS: a transformers model. One that will be sharded may be larger than the GPU: it may stay on the host.
+        # YOURS: a transformers model. With shards it may be larger than the GPU: then it stays on the host.
         self.model = load_model(model, load_format, dtype, seed, self.device, on_host=sharded)
         self.model.eval()
         self.version = torch.zeros((), dtype=torch.int64, device=self.device)  # see rlhf_utils.VERSION
@@ -89,8 +91,8 @@ class RayTrainingActor:
     ) -> None:
         """Meet the other trainers, share the model with them if it is to be sharded, and make the optimizer.
 
-        share: of learner.hold. resume: the checkpoint that its state comes from. options: of Learner; none where
-        nothing is to be learnt.
+        share: keywords of learner.hold. resume: folder of the checkpoint to go on from. options: keywords of Learner;
+        none without an RLHF step.
         """
         import torch
 
@@ -106,11 +108,12 @@ class RayTrainingActor:
             rlhf_utils.share_memory([*self.held.blocks(), *self.words.values()])
         # By the checkpoint's names: views, or pieces of them, no copies.
         self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported(), self.held.round_of))
+        # UUIDs of the GPUs whose workers may map them; none: this one's.
         self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
         if not options:
             return
-        # YOURS: anything with Learner's methods (step, restore, save, load), `steps` and `metrics`. It changes weights
-        # in place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
+        # YOURS: a class with Learner's step, restore, save, load, str(), `steps` and `metrics`. It changes weights in
+        # place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
         self.learner = Learner(self.model, self.random_weights, held=self.held, **options)
         if resume:
             self.learner.load(Path(resume), options["learning_rate"])
@@ -165,9 +168,9 @@ class RayTrainingActor:
         """Write a Hugging Face checkpoint, and the optimizer's state beside it: all trainers of a replica together."""
         from transformers import GenerationConfig
 
-        # Some published ones are invalid, and refuse to be saved; the original file is copied instead.
+        # Some published ones are invalid, and refuse to be saved; checkpoint.replacing copies the original file.
         self.model.generation_config = GenerationConfig.from_model_config(self.model.config)
-        # transformers 5.19 lets rank 0 alone write, but a replica that is left may have another one.
+        # transformers 5.19 lets rank 0 alone write, and the replica that saves may not have it.
         self.model.should_save_on_this_rank = lambda is_main_process: True
         weights = self.held.gather()
         if weights is not None:  # the others have only helped
@@ -225,7 +228,7 @@ class MyLLM:
     def reset_prefix_cache(self) -> float:
         """Forget what prompts have left there, unless nothing was generated since the last time. Milliseconds.
 
-        vLLM walks over every block. `train` asks for it while the trainers work; `push` does it otherwise.
+        vLLM walks over every block, so `Colocation.train` asks for it while the trainers compute. Else `push` does it.
         """
         start = time.perf_counter()
         if self.cached and not self.llm.reset_prefix_cache():
@@ -239,8 +242,8 @@ class MyLLM:
         Returns bytes in use on the fullest of its GPUs, by all processes, before and after.
         """
         before = max(self.collective_rpc("gpu_used_bytes"))
-        # After a loss in a push the weights alone are awake. They stay so (vLLM 0.26 would not put them to sleep), and
-        # take less than a trainer's gradient, for which there is room.
+        # A part sleeps already after a loss in a push: the weights are awake, the KV cache is not. vLLM 0.26 would not
+        # put the weights to sleep again. They take less than a trainer's gradient, for which there is room.
         if not level or self.asleep:
             return before, before
         self.version = None
@@ -320,7 +323,7 @@ class Colocation:
         self.versions = itertools.count(1)  # of the weights: none is given out twice
         self.version = 0
         self.digests: dict[str, str] = {}  # of the trainers' weights
-        self.compared = 0  # the version of which they are
+        self.compared = 0  # the version that `digests` is of
         self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
@@ -345,7 +348,7 @@ class Colocation:
     def start_ray(self) -> None:
         self.cluster.start(self.model.environment, self.fleet.deadline())
         check = functools.partial(check_nodes, self.config, self.model, self.report)
-        self.config = self.cluster.place(self.fleet.deadline(), check)
+        self.config = self.cluster.place(self.fleet.deadline(), check)  # which decides about --push auto
         self.report.placed(self.config)
 
     def start(self, names: list[str]) -> None:
@@ -361,11 +364,12 @@ class Colocation:
             self.sleep_level.forget()
             reports = self.fleet.ask(trainers, "report_device_id")
             self.join_trainers()
-            self.fleet.note(trainers, reports)  # not before: without its optimizer it has no state to save
+            self.fleet.note(trainers, reports)  # until then a recovery counts them as lost: they have no state to save
             self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
         self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
-        self.fleet.ask(engines, "collective_rpc", "colocate.verify:compare_beside")  # the first look
+        # A first look at what no push brings. Later checks compare with it.
+        self.fleet.ask(engines, "collective_rpc", "colocate.verify:compare_beside")
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))
@@ -374,6 +378,10 @@ class Colocation:
         self.connected = False
 
     def new_actor(self, name: str):
+        """Start an actor on its bundles. Here a trainer and an engine's worker come to share a GPU.
+
+        The shares are what Ray books, so that both fit into a bundle. They bound no memory: engine_args does.
+        """
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -412,11 +420,14 @@ class Colocation:
         timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
         share = {"shards": shards, "bucket_bytes": self.config.bucket_bytes, "lora": self.config.lora}
-        rest = (by_rank, timeout_s, share, resume, self.config.learner_options)
-        self.fleet.ask(self.trainers, "join", each=[(rank, *rest) for rank in ranks])
+        rest = {"addresses": by_rank, "timeout_s": timeout_s, "share": share, "resume": resume}
+        rest["options"] = self.config.learner_options
+        self.fleet.ask(self.trainers, "join", each=[(rank,) for rank in ranks], **rest)
 
     def engine_args(self) -> dict:
-        """Arguments of vllm.LLM. YOURS: add what is missing. What is here has a flag, or the push needs it so."""
+        """Arguments of vllm.LLM. YOURS: --engine-args '{"block_size": 32}' adds others. What is here has a flag, or the
+        push needs it so (config.OWN_ENGINE_ARGS).
+        """
         config = self.config
         return config.more_engine_args | dict(
             model=str(self.model.folder),
@@ -469,21 +480,11 @@ class Colocation:
             wall_ms = 1e3 * (time.perf_counter() - start)
         return self.report.pushed({"version": self.version, "method": config.push}, wall_ms, replies)
 
-    @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """What reads the trainers' weights, of all engines: with --push gather they come in rounds meanwhile."""
+    def gathering(self) -> contextlib.AbstractContextManager:
+        """Around what reads the trainers' weights: with --push gather they send them in rounds meanwhile."""
         if self.config.push != "gather":
-            yield
-            return
-        wait = self.fleet.begin(self.trainers, "send_rounds")
-        try:
-            yield
-        except Lost:
-            raise
-        except Stop:
-            wait()  # a trainer's own error says more
-            raise
-        wait()
+            return contextlib.nullcontext()
+        return self.fleet.meanwhile(self.trainers, "send_rounds")
 
     def compare(self) -> list[dict]:
         """What `verify.compare` finds on all workers."""
@@ -501,7 +502,8 @@ class Colocation:
     def generate(self, prompts: list[list[int]], seed: int | None = None, **sampling) -> list[dict]:
         """Completions of all prompts in order, group after group. The engines share the prompts out."""
         n = len(self.engines)
-        seeds = None if seed is None else [seed + 1000 * i for i in range(len(prompts))]  # vLLM adds 0, 1, ...
+        # Far apart: vLLM adds 0, 1, ... for the completions of a prompt.
+        seeds = None if seed is None else [seed + 1000 * i for i in range(len(prompts))]
         each = [(prompts[e::n], self.version, seeds and seeds[e::n]) for e in range(n)]
         groups = self.fleet.ask(self.engines, "generate", each=each, **sampling)
         return [sample for i in range(len(prompts)) for sample in groups[i % n][i // n]]
@@ -647,8 +649,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     Raises Stop with all checks that failed. benchmarks/drills.py breaks it in seven ways to show that it does.
     """
     report = colocation.report
-    fleet = colocation.fleet
-    stage = fleet.stage
+    stage = colocation.fleet.stage
     colocation.push()
     with stage("rollout"):
         before = every_engine_answers(colocation, task)
@@ -663,7 +664,8 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
             report.check(name, check)
         report.check("changed", checks.changed(colocation.on_workers("check_weights_changed")))
         after = every_engine_answers(colocation, task)
-        scores = fleet.ask(colocation.trainers, checks.token_logprobs, [s["prompt"] + s["tokens"] for s in after])[0]
+        sequences = [s["prompt"] + s["tokens"] for s in after]
+        scores = colocation.fleet.ask(colocation.trainers, checks.token_logprobs, sequences)[0]
         report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
     report.proven(before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
@@ -673,7 +675,8 @@ def every_engine_answers(colocation: Colocation, task: Task) -> list[dict]:
     """Greedy completions of the proof's prompts, with log-probabilities: of each prompt one by each engine."""
     n = colocation.config.max_tokens
     greedy = {"temperature": 0, "max_tokens": n, "prompt_logprobs": 0, "stop_token_ids": task.stop_token_ids}
-    if colocation.config.temperature == 1:  # else log-probabilities are those of what min_tokens leaves to choose from
+    # At others vLLM's log-probabilities leave the end tokens out that min_tokens forbids, and the trainers' do not.
+    if colocation.config.temperature == 1:
         greedy["min_tokens"] = n
     return colocation.generate([p for p in task.proof_prompts() for _ in colocation.engines], **greedy)
 
@@ -728,7 +731,8 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
     config = colocation.config
     report = colocation.report
     stage = colocation.fleet.stage
-    last = lost = None
+    first = last = None  # this run's steps, known once the trainers have said how many they have done
+    lost = None  # what is to be replaced before the next push
     restarts = 0
     while True:
         try:

@@ -11,8 +11,8 @@ worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
 The first third is what to read: the trainer's side, the call, the extension, the push. The rest is what these stand
 on: opening and checking messages, the recording of vLLM's loaders, digests, the rehearsal without a GPU.
-Copy this file into your trainer as it is: it imports torch, and vLLM, transformers and Ray inside the functions that
-need them.
+Copy this file into your trainer as it is: it imports torch and NumPy, and vLLM, transformers, Ray and Triton inside the
+functions that need them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,10 @@ def checkpoint_tensors(
             continue
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        box = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        if part := _slice(view).cut(parameter.shape, *box[::-1]):
+        size, start = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if part := _slice(view).cut(parameter.shape, start, size):
             where, local = part
             held = held.to_local() if hasattr(held, "to_local") else held
             yield name, Piece(local.of(held), tuple(view.shape), tuple(start for start, _ in where))
@@ -139,7 +141,7 @@ class _View(torch.Tensor):
 
 
 def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], readers: Sequence[str] = ()) -> dict:
-    """Describe tensors so that another process on the same GPU (CPU: same host) can map them.
+    """Describe tensors so that processes of this host can map them: the worker on the same GPU, or those of `readers`.
 
     readers: UUIDs of the GPUs whose workers may map them. Without any, it is the worker on the trainer's own GPU.
     Returns plain data that any serializer carries: {"readers", "storages": [{...}], "weights": [{"name", "dtype",
@@ -183,9 +185,9 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
 def send_rounds(word: torch.Tensor, rounds: Iterable[int]) -> None:
     """Send weights through one buffer, some of them in each round, to the worker on this GPU, which reads (`arriving`).
 
-    word: exported as ROUND, NO_ROUND at first. rounds: fills the buffer, says which round it holds, and so on.
-    Returns when the worker has taken all. Raises RuntimeError if it has not, for ROUND_S or since it has ended; but
-    after the last round, since trainers may fill their buffers together.
+    word: exported as ROUND, NO_ROUND at first. rounds: each step fills the buffer, and gives the number of its round.
+    Returns when the worker has taken all. If it has ended, or takes none for ROUND_S, the other rounds are gone through
+    all the same, since the trainers of a replica fill their buffers together; then RuntimeError is raised.
     """
     word[:3].copy_(torch.tensor([-1, 0, os.getpid()]))  # the worker may have said already who it is
     ended = _ended(word[3])
@@ -196,7 +198,7 @@ def send_rounds(word: torch.Tensor, rounds: Iterable[int]) -> None:
             taken = taken and _wait(lambda: int(word[1]) > number, ended)  # noqa: B023
             word[0] = -1  # before the buffer changes
     finally:
-        word[:3].copy_(torch.tensor([-1, 0, 0]))  # who still waits for more need not
+        word[:3].copy_(torch.tensor([-1, 0, 0]))  # a worker that still waits takes this trainer for ended
     if not taken:
         raise RuntimeError("the worker on this GPU has not taken the weights")
 
@@ -212,10 +214,11 @@ def _wait(ready: Callable[[], bool], ended: Callable[[], bool]) -> bool:
 
 
 def _ended(process: torch.Tensor) -> Callable[[], bool]:
-    """Tells whether a process of this number was there, and is not any more: it may never have been to be seen."""
+    """A function: whether the process with this number was seen alive, and is not any more. One never seen counts as
+    not ended."""
 
     def alive() -> bool:
-        return os.path.exists(f"/proc/{int(process)}/exe")  # which a process that has ended, but is not reaped, has not
+        return os.path.exists(f"/proc/{int(process)}/exe")  # a zombie has none
 
     seen = alive()
 
@@ -285,8 +288,8 @@ def call_workers(llm, method: str, *args) -> list:
 class ColocateWorkerExtension:
     """Methods for `call_workers`, given to vLLM as worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
-    `messages` is always {gpu_uuid: export_handles([*checkpoint_tensors(model), (VERSION, version)])} of all training
-    actors: a worker takes its own GPU's; before it loads, it checks the rest, too. Method names must differ from the
+    `messages` is always {gpu_uuid: what its trainer exported} of all trainers. A worker checks all of them, and maps
+    those that it may read: its own GPU's, unless they name other readers. Method names must differ from the
     worker's own (vLLM refuses to start otherwise). After one that writes (WRITES) has failed, do not generate before a
     push succeeded.
     """
@@ -308,6 +311,7 @@ class ColocateWorkerExtension:
             return {"error": text, "kind": kind}
 
     def report_device_id(self) -> dict:
+        """Where this worker is. As the first call, before any sleep, it keeps what a sleep would drop (see `_keep`)."""
         self._keep()
         found = {"gpu": device_uuid(self.device), "tp_rank": self.rank}
         return found | {"pid": os.getpid(), "torch": torch.__version__}
@@ -474,8 +478,9 @@ class CopyPlan:
         with contextlib.closing(self._copy(seen)) as for_loaders:
             if self.recording.loaders:
                 _load_weights(self.model, self.vllm_config, for_loaders, self.recording.reload)
-                seen += [int(version) for version in self.versions]
-            for name, _ in for_loaders:  # it goes through the rounds that are left
+                seen += [int(word) for word in self.versions]  # the loaders read after the copies' second look
+            # Without loaders this loop runs all rounds; with them, those that are left. What still comes, none took.
+            for name, _ in for_loaders:
                 raise RuntimeError(f"vLLM's loaders did not take {name}")
         if version < 0 or set(seen) != {version}:
             raise HandleError(
@@ -484,16 +489,17 @@ class CopyPlan:
             )
 
     def _copy(self, seen: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Replay the copies, round after round, and note the versions. Yields what must go through vLLM's loaders."""
+        """The push, done as it is iterated. In each round it replays the copies, yields what must go through vLLM's
+        loaders, and notes the versions.
+        """
         loaders = set(self.recording.loaders)
         with contextlib.closing(arriving(self.weights)) as rounds:
             for number, names in rounds:
                 copies = self.rounds[number]
                 copies.replay()
-                for name in names if loaders else ():
-                    if name in loaders:
-                        weight = whole(self.weights[name])
-                        yield name, weight.clone() if ROUND in self.weights else weight  # loaders may keep it
+                for name in (name for name in names if name in loaders):
+                    weight = whole(self.weights[name])
+                    yield name, weight.clone() if ROUND in self.weights else weight  # loaders may keep it
                 seen += copies.seen.flatten().tolist()  # waits for the copies
 
 
@@ -578,83 +584,6 @@ def _widened(dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.
     return dst, src
 
 
-TILE = 16_384  # words of 8 bytes
-
-
-def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor | None, list]:
-    """Cut copies into tiles for `_copy_tiles`. Returns the table, and the copies that cannot be cut into 8-byte words.
-
-    The table is int64, (tiles, 6): the addresses of source and target, rows, words in a row, and the strides between
-    rows of source and target, in words.
-    """
-    cut = []
-    others = []
-    for dst, src in copies:
-        try:
-            dst, src = dst.view(torch.int64), src.view(torch.int64)
-        except RuntimeError:
-            others.append((dst, src))
-            continue
-        if dst.is_contiguous() and src.is_contiguous():
-            dst, src = dst.view(1, -1), src.view(1, -1)
-        dst, src = (t.unsqueeze(0) if t.dim() == 1 else t for t in (dst, src))
-        if dst.dim() != 2 or dst.stride(1) != 1 or src.stride(1) != 1:
-            others.append((dst, src))
-            continue
-        cut.append((src.data_ptr(), dst.data_ptr(), *dst.shape, src.stride(0), dst.stride(0)))
-    if not cut:
-        return None, others
-    # NumPy, since torch would wake threads for all cores of the host, which takes half a second in a container.
-    by_copy = np.array(cut)
-    wide = by_copy[:, 3].clip(max=TILE)
-    high = (TILE // wide).clip(min=1)
-    across = -(-by_copy[:, 3] // wide)  # tiles beside one another
-    count = across * -(-by_copy[:, 2] // high)
-    copy = np.arange(len(cut)).repeat(count)  # to which a tile belongs
-    place = np.arange(len(copy)) - (count.cumsum() - count)[copy]  # among its tiles
-    row = place // across[copy] * high[copy]
-    column = place % across[copy] * wide[copy]
-    table = by_copy[copy]
-    for side in (0, 1):
-        table[:, side] += 8 * (row * table[:, 4 + side] + column)
-    table[:, 2] = (table[:, 2] - row).clip(max=high[copy])
-    table[:, 3] = (table[:, 3] - column).clip(max=wide[copy])
-    return torch.from_numpy(table), others
-
-
-def _copy_tiles(table: torch.Tensor, tiles: int, blocks: int) -> None:
-    """Copy so many tiles of the table, on the current stream.
-
-    The sizes are those that were fastest on two H100s that read each other's memory: 64 blocks beside local copies that
-    take longer, and 96 where NVLink decides, as it has an eighth of the memory's rate.
-    """
-    _tile_kernel()[(blocks,)](table, tiles, BLOCK=8192, num_warps=16)
-
-
-@functools.cache
-def _tile_kernel():
-    global tl  # where the compiler looks for it; a machine without a GPU may not have it
-    import triton
-    import triton.language as tl
-
-    @triton.jit(do_not_specialize=["tiles"])
-    def copy_tiles(table, tiles, BLOCK: tl.constexpr):
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            row = table + 6 * tile
-            src = tl.load(row).to(tl.pointer_type(tl.int64))
-            dst = tl.load(row + 1).to(tl.pointer_type(tl.int64))
-            words = tl.load(row + 3).to(tl.int32)  # 64-bit divisions would take longer than the copy
-            src_stride = tl.load(row + 4)
-            dst_stride = tl.load(row + 5)
-            end = tl.load(row + 2).to(tl.int32) * words
-            for start in range(0, end, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                values = tl.load(src + i // words * src_stride + i % words, mask=i < end)
-                tl.store(dst + i // words * dst_stride + i % words, values, mask=i < end)
-
-    return copy_tiles
-
-
 def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]], needs_reload: bool) -> None:
     """Load through vLLM's own loaders; through its layerwise reload where a layer is processed after loading.
 
@@ -696,41 +625,6 @@ def _load_weights(model, vllm_config, weights: Iterable[tuple[str, torch.Tensor]
             raise
     if addresses() != before:
         raise RuntimeError("vLLM's layerwise reload moved a parameter: recorded copies would go to where it was")
-
-
-def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what a sleep of level 2 drops, no push brings, and vLLM does not keep, as it does buffers.
-
-    That is what layers, and vLLM's objects directly in them, hold of the memory in which vLLM loads a model: ALiBi's
-    slopes, for one. A rehearsal has no such memory, and takes all that is no copy for the host.
-    """
-    device = next(model.parameters()).device
-    pools = _weight_pools() if device.type == "cuda" else [(0, math.inf)]
-    seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    found = {}
-    for prefix, module in model.named_modules():
-        holders = {prefix: module}
-        for name, value in vars(module).items():
-            if type(value).__module__.startswith("vllm.") and not isinstance(value, torch.nn.Module):
-                holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
-        for where, holder in holders.items():
-            for name, value in getattr(holder, "__dict__", {}).items():
-                if not isinstance(value, torch.Tensor) or value.device != device or name.endswith("_cpu"):
-                    continue
-                at = value.data_ptr()
-                if value.numel() and _storage(value) not in seen and any(a <= at < b for a, b in pools):
-                    seen.add(_storage(value))
-                    found[f"{where}.{name}"] = value
-    return found
-
-
-def _weight_pools() -> list[tuple[int, float]]:
-    """(start, end) of the memory that vLLM has for weights, if it can sleep.
-    https://github.com/vllm-project/vllm/blob/main/vllm/device_allocator/cumem.py"""
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocations = CuMemAllocator.instance.pointer_to_data if CuMemAllocator.instance else {}
-    return [(at, at + data.handle[1]) for at, data in allocations.items() if data.tag == "weights"]
 
 
 # ---- Worker: handles -> tensors -------------------------------------------------------------------------------------
@@ -822,7 +716,7 @@ def whole(pieces: list[Piece]) -> torch.Tensor:
 def open_handles(message: dict, device: torch.device, reader: str = "") -> Iterator[dict[str, torch.Tensor]]:
     """Map an exported message as {name: tensor} on `device`; unmap on leaving. No bytes are copied.
 
-    Of a Piece it is the piece. reader: the UUID of this worker's GPU, if the message was exported for several.
+    A Piece comes as the part that it is. reader: the UUID of this worker's GPU, if the message is for several.
     Raises HandleError for what `export_handles` cannot have written.
     """
     with _malformed():
@@ -929,6 +823,123 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
 def _check_checksum(message: dict) -> None:
     if message["checksum"] != checksum(message):
         raise HandleError("the handles were changed on their way: their checksum differs")
+
+
+# ---- Worker: copies from other GPUs ---------------------------------------------------------------------------------
+
+TILE = 16_384  # words of 8 bytes
+
+
+def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor | None, list]:
+    """Cut copies into tiles for `_copy_tiles`. Returns the table, and the copies that cannot be cut into 8-byte words.
+
+    The table is int64, (tiles, 6): the addresses of source and target, rows, words in a row, and the strides between
+    rows of source and target, in words.
+    """
+    cut = []
+    others = []
+    for dst, src in copies:
+        try:
+            dst, src = dst.view(torch.int64), src.view(torch.int64)
+        except RuntimeError:
+            others.append((dst, src))
+            continue
+        if dst.is_contiguous() and src.is_contiguous():
+            dst, src = dst.view(1, -1), src.view(1, -1)
+        dst, src = (t.unsqueeze(0) if t.dim() == 1 else t for t in (dst, src))
+        if dst.dim() != 2 or dst.stride(1) != 1 or src.stride(1) != 1:
+            others.append((dst, src))
+            continue
+        cut.append((src.data_ptr(), dst.data_ptr(), *dst.shape, src.stride(0), dst.stride(0)))
+    if not cut:
+        return None, others
+    # NumPy, since torch would wake threads for all cores of the host, which takes half a second in a container.
+    by_copy = np.array(cut)
+    wide = by_copy[:, 3].clip(max=TILE)
+    high = (TILE // wide).clip(min=1)
+    across = -(-by_copy[:, 3] // wide)  # tiles beside one another
+    count = across * -(-by_copy[:, 2] // high)
+    copy = np.arange(len(cut)).repeat(count)  # to which a tile belongs
+    place = np.arange(len(copy)) - (count.cumsum() - count)[copy]  # among its tiles
+    row = place // across[copy] * high[copy]
+    column = place % across[copy] * wide[copy]
+    table = by_copy[copy]
+    for side in (0, 1):
+        table[:, side] += 8 * (row * table[:, 4 + side] + column)
+    table[:, 2] = (table[:, 2] - row).clip(max=high[copy])
+    table[:, 3] = (table[:, 3] - column).clip(max=wide[copy])
+    return torch.from_numpy(table), others
+
+
+def _copy_tiles(table: torch.Tensor, tiles: int, blocks: int) -> None:
+    """Copy so many tiles of the table, on the current stream.
+
+    The sizes are those that were fastest on two H100s that read each other's memory: 64 blocks beside local copies that
+    take longer, and 96 where NVLink decides, as it has an eighth of the memory's rate.
+    """
+    _tile_kernel()[(blocks,)](table, tiles, BLOCK=8192, num_warps=16)
+
+
+@functools.cache
+def _tile_kernel():
+    global tl  # where the compiler looks for it; a machine without a GPU may not have it
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["tiles"])
+    def copy_tiles(table, tiles, BLOCK: tl.constexpr):
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            row = table + 6 * tile
+            src = tl.load(row).to(tl.pointer_type(tl.int64))
+            dst = tl.load(row + 1).to(tl.pointer_type(tl.int64))
+            words = tl.load(row + 3).to(tl.int32)  # 64-bit divisions would take longer than the copy
+            src_stride = tl.load(row + 4)
+            dst_stride = tl.load(row + 5)
+            end = tl.load(row + 2).to(tl.int32) * words
+            for start in range(0, end, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                values = tl.load(src + i // words * src_stride + i % words, mask=i < end)
+                tl.store(dst + i // words * dst_stride + i % words, values, mask=i < end)
+
+    return copy_tiles
+
+
+# ---- Worker: what a sleep drops -------------------------------------------------------------------------------------
+
+
+def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what a sleep of level 2 drops, no push brings, and vLLM does not keep, as it does buffers.
+
+    That is what layers, and vLLM's objects directly in them, hold of the memory in which vLLM loads a model: ALiBi's
+    slopes, for one. A rehearsal has no such memory, and takes all that is no copy for the host.
+    """
+    device = next(model.parameters()).device
+    pools = _weight_pools() if device.type == "cuda" else [(0, math.inf)]
+    seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    found = {}
+    for prefix, module in model.named_modules():
+        holders = {prefix: module}
+        for name, value in vars(module).items():
+            if type(value).__module__.startswith("vllm.") and not isinstance(value, torch.nn.Module):
+                holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
+        for where, holder in holders.items():
+            for name, value in getattr(holder, "__dict__", {}).items():
+                if not isinstance(value, torch.Tensor) or value.device != device or name.endswith("_cpu"):
+                    continue
+                at = value.data_ptr()
+                if value.numel() and _storage(value) not in seen and any(a <= at < b for a, b in pools):
+                    seen.add(_storage(value))
+                    found[f"{where}.{name}"] = value
+    return found
+
+
+def _weight_pools() -> list[tuple[int, float]]:
+    """(start, end) of the memory that vLLM has for weights, if it can sleep.
+    https://github.com/vllm-project/vllm/blob/main/vllm/device_allocator/cumem.py"""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocations = CuMemAllocator.instance.pointer_to_data if CuMemAllocator.instance else {}
+    return [(at, at + data.handle[1]) for at, data in allocations.items() if data.tag == "weights"]
 
 
 # ---- Worker: what vLLM's loaders do with the weights, recorded without writing a parameter --------------------------
@@ -1284,7 +1295,7 @@ def _effects(func) -> tuple[list[str], bool]:
     return [name for name, alias in aliases.items() if alias.is_write], bool(aliases)
 
 
-# ---- Worker: parts of tensors, counted in elements ------------------------------------------------------------------
+# ---- Both sides: parts of tensors, counted in elements --------------------------------------------------------------
 
 
 @dataclass(frozen=True)

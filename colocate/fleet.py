@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from colocate.config import FAIL, MISSING, STAGES, Lost, Stop, refuse_unless
@@ -145,6 +145,19 @@ class Fleet:
         if call == "collective_rpc":  # the method of its workers says more
             what = args[0].rpartition(":")[2]
         return functools.partial(self._wait, refs, names, what)
+
+    @contextlib.contextmanager
+    def meanwhile(self, names: list[str], call: str) -> Iterator[None]:
+        """These actors do something while others, who are asked in the block, wait for it."""
+        wait = self.begin(names, call)
+        try:
+            yield
+        except Lost:
+            raise
+        except Stop:
+            wait()  # their own error says more
+            raise
+        wait()
 
     def ask_living(self, names: list[str], call: str | Callable) -> dict[str, object]:
         """{actor: its result} of those of these actors that answer within PING_S. Raises nothing of theirs."""
