@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -448,14 +449,19 @@ class ClusterWatch:
     # --- files
 
     def fetch(self, folder: Path, node: str) -> None:
-        """Bring a folder of a node to the same place here, and remove it there. Nothing to do on a shared disk."""
+        """Bring a folder of a node to the same place here, and remove it there. Nothing to do on a shared disk.
+
+        A new name tells whether it is one: what a network's disk says of files that others have written may be old.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            if self.ask("call", each={node: (os.path.exists, probe.name)}, seconds=WORK_S).get(node):
+                return
         answers = self.ask("list_files", each={node: (str(folder),)}, seconds=WORK_S)
         if node not in answers:  # what was written there is not whole without it
             names = {name for name, home in self.homes.items() if home == node}
             raise Lost(names, f"{self.name(node)} did not hand over {folder}", during="checkpoint")
         files = answers[node]
-        if files == list_files(folder):
-            return
         for name, (size, _) in files.items():
             for offset in range(0, max(size, 1), CHUNK):
                 data = self.ask("read", each={node: (str(folder / name), offset)}, seconds=WORK_S)

@@ -256,6 +256,26 @@ def test_a_drill_in_which_the_run_ends_says_what_is_missing():
     assert nodes_drills.look(drill, lines, 10.0, 99.0, goes_on=False) == expected
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_new_name_tells_whether_a_disk_is_shared(monkeypatch, tmp_path, shared):
+    """On a network's disk what another host says of a folder's files may be old."""
+    watch = ClusterWatch()
+    asked = []
+
+    def ask(method, each, seconds):
+        asked.append(method)
+        ((node, args),) = each.items()
+        answers = {"call": shared and os.path.exists(args[-1]), "list_files": {"a": (3, 0)}, "read": b"new"}
+        return {node: answers.get(method)}
+
+    monkeypatch.setattr(watch, "ask", ask)
+    (tmp_path / "a").write_bytes(b"old")
+    watch.fetch(tmp_path, "id1")
+    assert (tmp_path / "a").read_bytes() == (b"old" if shared else b"new")
+    assert asked == (["call"] if shared else ["call", "list_files", "read", "remove_folder"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 WATCHER = """
 import sys
 from colocate.nodes import NodeWatch
