@@ -911,11 +911,12 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """{name: tensor} of what a sleep of level 2 drops, no push brings, and vLLM does not keep, as it does buffers.
 
     That is what layers, and vLLM's objects directly in them, hold of the memory in which vLLM loads a model: ALiBi's
-    slopes, for one. A rehearsal has no such memory, and takes all that is no copy for the host.
+    slopes, for one. A rehearsal has no such memory, and takes all that is no KV cache and no copy for the host.
     """
     device = next(model.parameters()).device
     pools = _weight_pools() if device.type == "cuda" else [(0, math.inf)]
-    seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    known = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    seen = set()
     found = {}
     for prefix, module in model.named_modules():
         holders = {prefix: module}
@@ -924,11 +925,13 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
         for where, holder in holders.items():
             for name, value in getattr(holder, "__dict__", {}).items():
-                if not isinstance(value, torch.Tensor) or value.device != device or name.endswith("_cpu"):
+                if not isinstance(value, torch.Tensor) or value.device != device or _storage(value) in known:
                     continue
                 at = value.data_ptr()
-                if value.numel() and _storage(value) not in seen and any(a <= at < b for a, b in pools):
-                    seen.add(_storage(value))
+                same = (at, value.shape, value.stride())  # layers may share it
+                kept = same not in seen and name != "kv_cache" and not name.endswith("_cpu")
+                if kept and value.numel() and any(a <= at < b for a, b in pools):
+                    seen.add(same)
                     found[f"{where}.{name}"] = value
     return found
 

@@ -4,8 +4,9 @@ python benchmarks/control_scaling.py [GPUS ...] --output results/control-scaling
 
 Of each layout, with engines of TP=2: seconds of the placement and of the actors' start; milliseconds of one call to all
 engines by `Fleet.ask` and by Ray alone, in turns, of the watch's round over all processes, and of a recovery without
-the start of what was lost. beyond_ray_ms: the median of the pairs' differences, between its quartiles. The lines that
-are fitted say how each grows with the number of engines, GPUs or processes.
+the start of what was lost. beyond_ray_ms: the median of the pairs' differences, between its quartiles, in CPU time of
+the driver's thread, since processes that share cores blur the time on the clock. The lines that are fitted say how each
+grows with the number of engines, GPUs or processes.
 """
 
 from __future__ import annotations
@@ -42,15 +43,19 @@ class Stub:
         return {"workers": [{"version": version, "bytes": 0}] * TP, "wake_ms": 0, "reset_ms": 0, "wake_kv_ms": 0}
 
 
-def milliseconds(*functions: Callable[[], object], times: int = CALLS) -> list[list[float]]:
-    """So many calls of each, in turns."""
-    found: list[list[float]] = [[] for _ in functions]
+def milliseconds(*functions: Callable[[], object], times: int = CALLS) -> list[list[tuple[float, float]]]:
+    """So many calls of each, in turns: (on the clock, of this thread's CPU)."""
+    found: list[list[tuple[float, float]]] = [[] for _ in functions]
     for _ in range(times):
         for function, each in zip(functions, found, strict=True):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.thread_time()
             function()
-            each.append(1e3 * (time.perf_counter() - start))
+            each.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.thread_time() - start[1])))
     return found
+
+
+def on_the_clock(calls: list[tuple[float, float]]) -> float:
+    return statistics.median(wall for wall, _ in calls)
 
 
 def measure(gpus: int) -> dict:
@@ -86,7 +91,8 @@ def measure(gpus: int) -> dict:
         actors = [fleet.actors[name] for name in engines]
         alone = lambda: ray.get([actor.push.remote(*call[1:]) for actor in actors])  # noqa: E731
         bare, asked = milliseconds(alone, lambda: fleet.ask(engines, *call))
-        low, beyond, high = statistics.quantiles([b - a for a, b in zip(bare, asked, strict=True)], n=4)
+        pairs = zip(bare, asked, strict=True)
+        low, beyond, high = statistics.quantiles([ours - rays for (_, rays), (_, ours) in pairs], n=4)
         (watched,) = milliseconds(fleet.watch.ended, times=20)
         os.kill(fleet.reports[engines[-1]][0]["pid"], 9)
         start = time.perf_counter()
@@ -100,8 +106,8 @@ def measure(gpus: int) -> dict:
                 fleet.end(gone)
         recovered = time.perf_counter() - start
         row = {"gpus": gpus, "engines": len(engines), "processes": len(everyone), "placement_s": placed}
-        row |= {"start_s": started, "bare_call_ms": statistics.median(bare), "ask_ms": statistics.median(asked)}
-        row |= {"beyond_ray_ms": beyond, "beyond_ray_quartiles": [low, high], "watch_ms": statistics.median(watched)}
+        row |= {"start_s": started, "bare_call_ms": on_the_clock(bare), "ask_ms": on_the_clock(asked)}
+        row |= {"beyond_ray_ms": beyond, "beyond_ray_quartiles": [low, high], "watch_ms": on_the_clock(watched)}
         return row | {"noticed_s": noticed, "recovery_s": recovered, "lost": sorted(gone)}
     finally:
         ray.shutdown()

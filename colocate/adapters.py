@@ -10,8 +10,10 @@ Knows neither Ray, vLLM nor handles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,12 +21,18 @@ import torch
 from colocate.sharding import Whole
 
 FOLDER = "adapter"  # in a checkpoint's: as PEFT writes it
+SETTINGS = "adapter_config.json"  # in that
+PLAIN = torch.nn.Linear.forward
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """{name: linear layer} of all but the head, whose weight is a parameter of its own."""
+    """{name: linear layer} of all but the head, whose weight is a parameter of its own.
+
+    Routers that do more than a product are none, and experts that transformers keeps in one parameter neither.
+    """
     head = model.get_output_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = {name: m for name, m in layers.items() if type(m).forward is PLAIN or type(m).__name__ == "FalconLinear"}
     own = {f"{name}.weight" for name in layers} & {name for name, _ in model.named_parameters()}
     return {name: layer for name, layer in layers.items() if f"{name}.weight" in own}
 
@@ -35,14 +43,14 @@ class Adapted(Whole):
     base: {parameter: its value at the start}. factors: {layer: (A, B)}, float32, of shapes (rank, in) and (out, rank).
     """
 
-    def __init__(self, model: torch.nn.Module, rank: int, alpha: float, seed: int):
-        """alpha: scale = alpha / rank. A is drawn as PEFT draws it, by the seed; B is 0."""
+    def __init__(self, model: torch.nn.Module, rank: int, alpha: float, seed: int, base: str):
+        """alpha: scale = alpha / rank. A is drawn as PEFT draws it, by the seed; B is 0. base: the model's name."""
         super().__init__(model)
         layers = adapted_layers(model)
         self.rank = rank
         self.alpha = alpha
         self.scale = alpha / rank
-        self.base_model = model.name_or_path
+        self.base_model = base
         self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
         model.requires_grad_(False)
         self.factors = {}
@@ -85,17 +93,28 @@ class Adapted(Whole):
         torch._foreach_copy_(list(self.parameters.values()), list(self.base.values()))
         for name, (a_RI, b_OR) in self.factors.items():
             weight_OI = self.parameters[f"{name}.weight"]
+            a_RI, b_OR = (factor.to(weight_OI.device) for factor in (a_RI, b_OR))  # they may be on the host
             weight_OI.copy_(torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=self.scale))
 
     def starting_weights(self) -> list[torch.Tensor]:
         return list(self.base.values())
+
+    @contextlib.contextmanager
+    def computing_with(self, values: Iterable[torch.Tensor]) -> Iterator[None]:
+        with torch.no_grad():
+            torch._foreach_copy_(self._held(), list(values))
+        try:
+            yield
+        finally:  # without a copy of what was there: it can be made again
+            with torch.no_grad():
+                self.restore(self.masters())
 
     def save(self, folder: Path) -> None:
         """Write the adapters beside the merged weights, as PEFT does: for PeftModel.from_pretrained, or vLLM."""
         from safetensors.torch import save_file
 
         where = folder / FOLDER
-        where.mkdir()
+        where.mkdir(exist_ok=True)
         tensors = {}
         for name, pair in self.factors.items():
             tensors |= {
@@ -114,8 +133,8 @@ class Adapted(Whole):
             "target_modules": sorted({name.rpartition(".")[2] for name in self.factors}),
             "inference_mode": True,
         }
-        (where / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (where / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
         """After the factors were read from `folder`: they belong to the model that its adapters name."""
-        self.base_model = json.loads((folder / FOLDER / "adapter_config.json").read_text())["base_model_name_or_path"]
+        self.base_model = json.loads((folder / FOLDER / SETTINGS).read_text())["base_model_name_or_path"]

@@ -367,7 +367,8 @@ class Config:
         """Keywords of colocate.adapters.Adapted, if adapters are trained."""
         if not self.lora_rank or not self.steps:
             return None
-        return {"rank": self.lora_rank, "alpha": self.lora_alpha, "seed": self.seed}
+        base = self.model or DEFAULT_MODEL  # with --resume the checkpoint knows it
+        return {"rank": self.lora_rank, "alpha": self.lora_alpha, "seed": self.seed, "base": base}
 
     @property
     def learner_options(self) -> dict:

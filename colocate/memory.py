@@ -49,12 +49,15 @@ def trainer_bytes(config: Config, parameters: int, trained: int | None = None) -
         return kept, kept
     trained = parameters if trained is None or sharded else trained
     models = weights * copies_of_weights(config) + gathered
+    aside = 0  # what the model computes with, while it computes with the starting weights
+    if config.kl_coef > 0 and not config.lora:
+        aside = masters if sharded else weights
     kept = models
     if sharded or not config.offload_optimizer:
         kept += 4 * trained
     if not config.offload_optimizer:
         kept += 8 * trained
-    return kept, models + 16 * trained
+    return kept, models + aside + 16 * trained
 
 
 def copies_of_weights(config: Config) -> int:
@@ -195,7 +198,7 @@ def what_helps(config: Config, free: float, engine: float, kept: float, peak: fl
     helps = ["a lower --gpu-memory-utilization"]
     if not config.sleep_level and config.steps:
         helps.append("--sleep-level 2")
-    if not config.offload_optimizer and config.steps and engine + kept > free:
+    if not config.offload_optimizer and config.steps and engine + kept > free and not config.lora_rank:
         helps.append("--offload-optimizer")
     return helps
 

@@ -455,10 +455,11 @@ class ClusterWatch:
         """
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
-            if self.ask("call", each={node: (os.path.exists, probe.name)}, seconds=WORK_S).get(node):
-                return
+            seen = self.ask("call", each={node: (os.path.exists, probe.name)}, seconds=WORK_S)
+        if seen.get(node):
+            return
         answers = self.ask("list_files", each={node: (str(folder),)}, seconds=WORK_S)
-        if node not in answers:  # what was written there is not whole without it
+        if node not in seen or node not in answers:  # what was written there is not whole without it
             names = {name for name, home in self.homes.items() if home == node}
             raise Lost(names, f"{self.name(node)} did not hand over {folder}", during="checkpoint")
         files = answers[node]

@@ -137,9 +137,14 @@ def check_resume(config: Config, parameters: int) -> None:
     rank = numbers.get("lora_rank", 0)
     refuse_unless(elements["base" if rank else "master"] == parameters, message)
     message = f"--resume {folder} is of a run without --lora-rank. Leave it out"
+    alpha = config.lora_alpha if config.lora_rank else None
     if rank:
-        message = f"--resume {folder} is of a run with --lora-rank {rank}. Give the same --lora-rank again"
-    refuse_unless(config.lora_rank == rank, message)
+        from colocate.adapters import FOLDER, SETTINGS
+
+        refuse_unless((folder / FOLDER / SETTINGS).is_file(), f"--resume {folder} has no {FOLDER}/{SETTINGS}. {hint}")
+        was = f"--lora-rank {rank} --lora-alpha {numbers['lora_alpha']:g}"
+        message = f"--resume {folder} is of a run with {was}. Give the same again"
+    refuse_unless((config.lora_rank, alpha) == (rank, numbers.get("lora_alpha")), message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)

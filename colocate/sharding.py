@@ -55,6 +55,7 @@ class Whole:
     group = None
     position = 0
     rank = 0  # of adapters
+    alpha = None
     base: Mapping[str, torch.Tensor] = MappingProxyType({})  # what adapters are added to
     round_of: Mapping[str, int] = MappingProxyType({})  # all of it is always there
 

@@ -49,12 +49,12 @@ class Task:
         if config.prompts:
             rows = read_prompts(config.prompts, config.prompt_column, config.split)
         refuse_unless(bool(rows), "PROMPTS is empty. Add a prompt, or try: --prompts FILE.jsonl")
-        self.dataset = self._encode(rows, config.prompt_column if config.prompts else "prompt")
+        self.dataset = self._encode(rows, config.prompt_column if config.prompts else "prompt", bool(config.prompts))
         if config.prompts:
             require_a_step(config, len(self.dataset))
         if config.eval_prompts:
             rows = read_prompts(config.eval_prompts, config.prompt_column, config.eval_split, "--eval-prompts")
-            self.held_out = self._encode(rows, config.prompt_column)
+            self.held_out = self._encode(rows, config.prompt_column, of_file=True)
             message = f"--eval-prompts {config.eval_prompts} has no prompt of at most {config.longest_prompt} tokens"
             refuse_unless(bool(self.held_out), f"{message}. Try: --overlong error, which names them")
         self.rollout_function = load_rollout(config.rollout) if config.rollout else None
@@ -70,8 +70,8 @@ class Task:
 
     # --- prompts
 
-    def _encode(self, rows: dict[str, dict], column: str) -> list[Prompt]:
-        """The prompts of these rows, without those that --overlong drop takes out.
+    def _encode(self, rows: dict[str, dict], column: str, of_file: bool) -> list[Prompt]:
+        """The prompts of these rows, without those that --overlong drop takes out of a file.
 
         Text is encoded with special tokens, as vLLM does it; a chat by the tokenizer's template, which has them.
         """
@@ -85,8 +85,9 @@ class Task:
         for place in rows.keys() - encoded.keys():
             encoded[place] = self.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
         lengths = {place: len(encoded[place]) for place in rows}
-        check_lengths(self.config, lengths)
-        kept = [place for place in rows if lengths[place] <= self.config.longest_prompt]
+        check_lengths(self.config, lengths, of_file)
+        longest = self.config.longest_prompt if of_file else LONGEST_PROMPT
+        kept = [place for place in rows if lengths[place] <= longest]
         if len(kept) < len(rows):
             count = f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {self.config.longest_prompt} tokens"
             self.notes.append(f"{count}, and are left out (--overlong drop)")
@@ -333,22 +334,23 @@ def require_a_step(config: Config, count: int) -> None:
     refuse_unless(count >= config.prompts_per_step or not config.steps, f"{message}. {fix}")
 
 
-def check_lengths(config: Config, lengths: dict[str, int]) -> None:
-    """Raise Stop(USAGE) for a prompt without tokens, or with more than `config.longest_prompt` and no --overlong drop.
+def check_lengths(config: Config, lengths: dict[str, int], of_file: bool) -> None:
+    """Raise Stop(USAGE) for a prompt without tokens, or with more than it may have and no --overlong drop.
 
-    lengths: {place of a prompt: tokens}.
+    lengths: {place of a prompt: tokens}. of_file: they may have `config.longest_prompt`, the script's own fewer.
     """
     empty = next((place for place, length in lengths.items() if not length), "")
     refuse_unless(not empty, f"{empty} is an empty prompt, without a token. Take it out")
-    overlong = {place: length for place, length in lengths.items() if length > config.longest_prompt}
-    if not overlong or (config.has_file_of_prompts and config.overlong == "drop"):
+    longest = config.longest_prompt if of_file else LONGEST_PROMPT
+    overlong = {place: length for place, length in lengths.items() if length > longest}
+    if not overlong or (of_file and config.overlong == "drop"):
         return
     place, length = next(iter(overlong.items()))
     found = f"{place} is a prompt of {length} tokens"
     if len(overlong) > 1:
         found += f", the first of {len(overlong)} that are too long"
     room = f"the script's own may have {LONGEST_PROMPT}. Put it into a file, and try: --prompts FILE.jsonl"
-    if config.has_file_of_prompts:
+    if of_file:
         longest = max(overlong.values())
         room = f"--max-model-len {config.max_model_len} leaves {config.longest_prompt} beside --max-tokens "
         room += f"{config.max_tokens}. Try: --overlong drop, or --max-model-len {longest + config.max_tokens}"

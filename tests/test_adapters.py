@@ -19,9 +19,9 @@ from colocate.preflight import check_resume
 RANK, ALPHA = 4, 8.0
 
 
-def adapted(model, **options) -> Learner:
+def adapted(model, alpha: float = ALPHA, **options) -> Learner:
     options = {"learning_rate": 1e-2, "epsilon": 0.2, "kl_coef": 0.0, "micro_batch_size": 3, "offload": False} | options
-    return Learner(model, held=Adapted(model, rank=RANK, alpha=ALPHA, seed=3), **options)
+    return Learner(model, held=Adapted(model, rank=RANK, alpha=alpha, seed=3, base="org/base"), **options)
 
 
 def samples(model) -> list[dict]:
@@ -112,7 +112,7 @@ def test_save_and_load_go_on_bitwise(tmp_path, kl_coef):
     second = adapted(copy.deepcopy(model), kl_coef=kl_coef)  # from the merged weights, as --resume
     second.held.base_model = "somewhere else"
     second.load(tmp_path)
-    assert second.held.base_model == first.held.base_model
+    assert second.held.base_model == "org/base"
     assert [first.step(found, total(found)) for _ in range(2)] == [second.step(found, total(found)) for _ in range(2)]
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -152,7 +152,47 @@ def test_a_checkpoint_of_adapters_goes_on_with_adapters_only(tmp_path):
     adapted(model).save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     parameters = sum(p.numel() for p in model.parameters())
-    check_resume(Config(resume=str(tmp_path), lora_rank=RANK), parameters)
-    for rank in (0, 8):
-        with pytest.raises(Stop, match="is of a run with --lora-rank 4"):
-            check_resume(Config(resume=str(tmp_path), lora_rank=rank), parameters)
+    same = {"resume": str(tmp_path), "lora_rank": RANK, "lora_alpha": ALPHA}
+    check_resume(Config(**same), parameters)
+    for other in ({"lora_rank": 0}, {"lora_rank": 8}, {"lora_alpha": 32.0}):
+        with pytest.raises(Stop, match="is of a run with --lora-rank 4 --lora-alpha 8"):
+            check_resume(Config(**same | other), parameters)
+    (tmp_path / FOLDER / "adapter_config.json").unlink()
+    with pytest.raises(Stop, match=r"has no adapter/adapter_config\.json"):
+        check_resume(Config(**same), parameters)
+
+
+def test_a_router_is_no_linear_layer():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("phimoe", **sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_what_the_kl_computes_with_goes_again():
+    model = family("llama", dtype=torch.bfloat16)
+    ours = adapted(model, kl_coef=0.1)
+    ours.step(samples(model), 100)
+    before = [p.detach().clone() for p in model.parameters()]
+    with ours.held.computing_with(ours.reference):
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), ours.reference, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_adapters_are_trained_on_a_gpu(tmp_path, offload):
+    model = family("llama", torch.bfloat16, torch.device("cuda"))
+    found = samples(family("llama"))
+    ours = adapted(model, offload=offload)
+    ours.restore()  # as before the first step
+    for _ in range(2):
+        ours.step(found, total(found))
+    ours.save(tmp_path)
+    other = adapted(copy.deepcopy(model), offload=offload)
+    other.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.model.parameters(), strict=True))
+    assert all(factor.is_cuda != offload for pair in ours.held.factors.values() for factor in pair)

@@ -123,6 +123,7 @@ def test_a_push_brings_back_what_no_weight_is_and_a_sleep_drops(simple):
     worker.model.same_slopes = worker.model.slopes
     worker.model.slopes_cpu = torch.ones(2)
     worker.model.none_yet = torch.empty(0)
+    worker.model.kv_cache = torch.ones(4)
     assert worker.connect_weights(shards.messages())["kept"] == [".slopes"]
     worker.model.slopes.zero_()
     worker.disconnect_weights()

@@ -126,7 +126,7 @@ def test_bytes_per_parameter():
     assert memory.trainer_bytes(fsdp, 200) == (1400, 1800)
     assert memory.trainer_bytes(replace(fsdp, offload_optimizer=True), 200) == (600, 1800), "masters stay"
     assert memory.trainer_bytes(replace(fsdp, steps=0), 200) == (600, 600)
-    assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2000)
+    assert memory.trainer_bytes(replace(fsdp, kl_coef=0.1), 200) == (1600, 2400)
     gathered = replace(fsdp, push="gather")
     assert memory.trainer_bytes(gathered, 200) == (1800, 2200), "and a buffer, which holds all weights, 2 bytes each"
     assert memory.trainer_bytes(gathered, 10**9)[0] - memory.trainer_bytes(fsdp, 10**9)[0] == 256 * 10**6
@@ -310,8 +310,9 @@ def test_trainers_are_given_all_addresses_in_the_order_of_ranks():
     class Trainers:
         timeouts: ClassVar = {}
 
-        def ask(self, names, call, each=()):
+        def ask(self, names, call, each=(), **options):
             self.calls = each
+            self.options = options
             return [f"host{i // 2}:{i}" for i in range(len(names))]
 
     layout = object.__new__(rc.Colocation)
@@ -320,9 +321,10 @@ def test_trainers_are_given_all_addresses_in_the_order_of_ranks():
     layout.fleet = Trainers()
     layout.begin_from = None
     layout.join_trainers()
-    assert [call[0] for call in layout.fleet.calls] == [0, 2, 1, 3]
-    for i, (rank, addresses, *_) in enumerate(layout.fleet.calls):
-        assert addresses[rank] == f"host{i // 2}:{i}"
+    ranks = [rank for (rank,) in layout.fleet.calls]
+    assert ranks == [0, 2, 1, 3]
+    for i, rank in enumerate(ranks):
+        assert layout.fleet.options["addresses"][rank] == f"host{i // 2}:{i}"
 
 
 @pytest.fixture(scope="module")
