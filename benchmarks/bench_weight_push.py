@@ -118,7 +118,7 @@ def bench(colocation: PeerColocation, pushes: int, warmup: int, only: list[str])
 def compare(colocation: PeerColocation, method: str) -> int:
     """Compare every element with the trainers'. Returns how many of one worker. Raises Stop if one is wrong."""
     found = colocation.compare()
-    for kind in ("transport", "placement"):
+    for kind in checks.COMPARED:
         check = checks.combine(found, kind)
         if not check["ok"]:
             raise Stop(f"{method}, version {colocation.version}: {kind}: {summary(check['wrong'])}")

@@ -23,28 +23,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ROOT / "examples" / "arithmetic.py"
 RIGHT = "arithmetic.py:right"  # the name of its reward in a report
+EVERY = 10  # steps between evaluations
 
 
 def command(data: Path, model: str, seed: int, report: Path, rest: list[str]) -> list[str]:
     prompts = ["--prompts", str(data / "train.jsonl"), "--eval-prompts", str(data / "heldout.jsonl")]
     rewards = ["--reward", f"{TASK}:right", "--reward", f"{TASK}:formatted", "--reward-weights", "1,0.1"]
     files = ["--model", model, "--seed", str(seed), "--output-json", str(report)]
-    return [sys.executable, str(ROOT / "rlhf_colocate.py"), *prompts, *rewards, "--eval-every", "10", *files, *rest]
+    every = ["--eval-every", str(EVERY)]
+    return [sys.executable, str(ROOT / "rlhf_colocate.py"), *prompts, *rewards, *every, *files, *rest]
+
+
+def held_out(evals: list[dict], n: int) -> dict:
+    """Shares of n sums that are right, before and after, and the standard error of the later one."""
+    before, after = (evals[i][RIGHT] for i in (0, -1))
+    return {"n": n, "before": before, "after": after, "se": (after * (1 - after) / n) ** 0.5}
 
 
 def learned(report: dict, model: str, seed: int) -> dict:
     """What is kept of a run's report."""
     evals = [{"step": e["step"], **e["rewards"]} for e in report["evals"]]
-    n = report["evals"][0]["n"]
-    before = evals[0][RIGHT]
-    after = evals[-1][RIGHT]
     steps = report["steps"]
     return {
         "task": TASK.stem,
         "model": model,
         "side": "ours",
         "seed": seed,
-        "heldout": {"n": n, "before": before, "after": after, "se": (after * (1 - after) / n) ** 0.5},
+        "heldout": held_out(evals, report["evals"][0]["n"]),
         "steps": len(steps),
         "seconds": round(sum(sum(step["seconds"].values()) for step in steps), 1),
         "evals": evals,

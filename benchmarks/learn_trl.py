@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0
     python benchmarks/learn_trl.py sums results --model smollm2 --seed 0 --max-tokens 16 --prompts-per-step 32 \
-        --group-size 16 --learning-rate 3e-5 --steps 100
+        --group-size 16 --learning-rate 1e-5 --steps 100
 
 vLLM in colocate mode, one GPU. What is not a flag here has TRL's default, but for the optimizer, which is as in
 rlhf_colocate.py. Held-out sums are answered greedily by transformers, not by vLLM: a second opinion on the other side's
@@ -20,14 +20,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import arithmetic  # noqa: E402
+from learn import EVERY, TASK, held_out  # noqa: E402
+from trl_sides import TRL_COMMON  # noqa: E402
 
 from colocate.preflight import find_gpus, installed  # noqa: E402
 from colocate.report import command_line  # noqa: E402
 
-EVERY = 10  # steps between evaluations, as in learn.py
 MICRO_BATCH = 128  # completions
 
 
@@ -41,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts-per-step", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--prompt-column", default="prompt")
     return parser.parse_args()
 
@@ -50,7 +51,7 @@ def settings(args: argparse.Namespace) -> dict:
     """Arguments of trl.GRPOConfig."""
     completions = args.prompts_per_step * args.group_size
     batch = min(MICRO_BATCH, completions)
-    return {
+    return TRL_COMMON | {
         "output_dir": f"/tmp/learn-trl-{os.getpid()}",
         "max_steps": args.steps,
         "per_device_train_batch_size": batch,
@@ -58,23 +59,10 @@ def settings(args: argparse.Namespace) -> dict:
         "num_generations": args.group_size,
         "max_completion_length": args.max_tokens,
         "reward_weights": [1.0, 0.1],
-        "use_vllm": True,
-        "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": 0.3,
         "vllm_max_model_length": 512,
-        "bf16": True,
-        "gradient_checkpointing": False,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": "constant",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
         "seed": args.seed,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 
@@ -95,12 +83,12 @@ def main() -> None:
         found = [json.loads(line) for line in (args.data / f"{name}.jsonl").read_text().splitlines()]
         return [{"prompt": row[args.prompt_column], "answer": row["answer"]} for row in found]
 
-    held_out = rows("heldout")
-    texts = [row["prompt"] for row in held_out]
+    asked = rows("heldout")
+    texts = [row["prompt"] for row in asked]
     if not isinstance(texts[0], str):
         texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in texts]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    answers = [row["answer"] for row in held_out]
+    answers = [row["answer"] for row in asked]
 
     def evaluate(model) -> dict:
         """The shares of held-out sums that are right, and in the format."""
@@ -111,7 +99,7 @@ def main() -> None:
         model.train()
         found = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         shares = {"right": arithmetic.right(found, answers), "formatted": arithmetic.formatted(found)}
-        return {f"arithmetic.py:{name}": sum(each) / len(each) for name, each in shares.items()}
+        return {f"{TASK.name}:{name}": sum(each) / len(each) for name, each in shares.items()}
 
     evals: list[dict] = []
     rewards: list[float] = []
@@ -149,14 +137,12 @@ def main() -> None:
     )
     trainer.train()
     name = Path(args.model).name.lower()
-    before, after = (evals[i]["arithmetic.py:right"] for i in (0, -1))
-    n = len(held_out)
     row = {
-        "task": "arithmetic",
+        "task": TASK.stem,
         "model": name,
         "side": "trl",
         "seed": args.seed,
-        "heldout": {"n": n, "before": before, "after": after, "se": (after * (1 - after) / n) ** 0.5},
+        "heldout": held_out(evals, len(asked)),
         "steps": args.steps,
         "seconds": round(seconds, 1),
         "evals": evals,
@@ -169,7 +155,7 @@ def main() -> None:
     }
     out = args.out / f"learn-{name}-trl-seed{args.seed}.json"
     out.write_text(json.dumps(row, indent=1) + "\n")
-    print(f"{out.name}: right {before:.3f} -> {after:.3f}", flush=True)
+    print(f"{out.name}: right {row['heldout']['before']:.3f} -> {row['heldout']['after']:.3f}", flush=True)
     os._exit(0)
 
 

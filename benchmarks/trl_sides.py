@@ -269,10 +269,29 @@ def write_report(settings: Settings, steps: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Of trl.GRPOConfig: the optimizer as in rlhf_colocate.py, vLLM in TRL's own process, and no files.
+TRL_COMMON = {
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "bf16": True,
+    "gradient_checkpointing": False,
+    "optim": "adamw_torch_fused",
+    "lr_scheduler_type": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 def trl_settings(settings: Settings) -> dict:
     """Arguments of trl.GRPOConfig. What is not here has TRL's default."""
     batch = settings.micro_batch_size or 8
-    return {
+    return TRL_COMMON | {
         "output_dir": f"{settings.output}.trl",
         "max_steps": settings.all_steps,
         "per_device_train_batch_size": batch,
@@ -281,29 +300,15 @@ def trl_settings(settings: Settings) -> dict:
         "num_generations": GROUP_SIZE,
         "max_completion_length": settings.max_tokens,
         "generation_kwargs": {"ignore_eos": True},
-        "use_vllm": True,
-        "vllm_mode": "colocate",
         "vllm_tensor_parallel_size": settings.tensor_parallel_size,
         "vllm_enable_sleep_mode": settings.sleep,
         "vllm_gpu_memory_utilization": settings.gpu_memory_utilization,
         "vllm_max_model_length": max(512, 2 * settings.max_tokens),
         "vllm_importance_sampling_correction": settings.correction,
         "model_init_kwargs": {"dtype": settings.weights},
-        "bf16": True,
-        "gradient_checkpointing": False,
-        "optim": "adamw_torch_fused",
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "constant",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
         "shuffle_dataset": False,
         "seed": settings.seed,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 

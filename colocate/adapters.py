@@ -11,6 +11,7 @@ Knows neither Ray, vLLM nor handles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -31,10 +32,10 @@ def adapted_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     Routers that do more than a product are none, and experts that transformers keeps in one parameter neither.
     """
     head = model.get_output_embeddings()
+    parameters = {name for name, _ in model.named_parameters()}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    layers = {name: m for name, m in layers.items() if type(m).forward is PLAIN or type(m).__name__ == "FalconLinear"}
-    own = {f"{name}.weight" for name in layers} & {name for name, _ in model.named_parameters()}
-    return {name: layer for name, layer in layers.items() if f"{name}.weight" in own}
+    layers = {name: m for name, m in layers.items() if f"{name}.weight" in parameters}
+    return {name: m for name, m in layers.items() if type(m).forward is PLAIN or type(m).__name__ == "FalconLinear"}
 
 
 class Adapted(Whole):
@@ -61,18 +62,15 @@ class Adapted(Whole):
             b_OR = torch.zeros(layer.out_features, rank)
             self.factors[name] = (a_RI.to(layer.weight.device), b_OR.to(layer.weight.device))
             layer.weight.requires_grad_()
-            layer.weight.register_post_accumulate_grad_hook(self._hook(name))
+            layer.weight.register_post_accumulate_grad_hook(functools.partial(self._move_gradient, name))
 
-    def _hook(self, name: str):
+    def _move_gradient(self, name: str, weight: torch.nn.Parameter) -> None:
+        """Add a weight's gradient to those of its factors, as soon as it is there, and free it."""
         a_RI, b_OR = self.factors[name]
-
-        def project(weight: torch.nn.Parameter) -> None:
-            d_OI = weight.grad.float()
-            a_RI.grad.add_(b_OR.t() @ d_OI, alpha=self.scale)
-            b_OR.grad.add_(d_OI @ a_RI.t(), alpha=self.scale)
-            weight.grad = None
-
-        return project
+        d_OI = weight.grad.float()
+        a_RI.grad.add_(b_OR.t() @ d_OI, alpha=self.scale)
+        b_OR.grad.add_(d_OI @ a_RI.t(), alpha=self.scale)
+        weight.grad = None
 
     def __str__(self) -> str:
         return f"a replica each, adapters of rank {self.rank} on {len(self.factors)} layers"
@@ -83,11 +81,8 @@ class Adapted(Whole):
     def master_names(self) -> list[str]:
         return [f"{name}.lora_{kind}" for name in self.factors for kind in "AB"]
 
-    def begin_step(self, masters: list[torch.Tensor], device: torch.device) -> None:
-        sizes = [m.numel() for m in masters]
-        self.gradient = torch.zeros(sum(sizes), device=device)
-        for master, part in zip(masters, self.gradient.split(sizes), strict=True):
-            master.grad = part.view(master.shape)
+    def trained(self) -> list[bool]:
+        return [True] * len(self.master_names())
 
     def restore(self, masters: list[torch.Tensor]) -> None:
         torch._foreach_copy_(list(self.parameters.values()), list(self.base.values()))
@@ -115,12 +110,8 @@ class Adapted(Whole):
 
         where = folder / FOLDER
         where.mkdir(exist_ok=True)
-        tensors = {}
-        for name, pair in self.factors.items():
-            tensors |= {
-                f"base_model.model.{name}.lora_{kind}.weight": factor.cpu()
-                for kind, factor in zip("AB", pair, strict=True)
-            }
+        named = zip(self.master_names(), self.masters(), strict=True)
+        tensors = {f"base_model.model.{name}.weight": factor.cpu() for name, factor in named}
         save_file(tensors, where / "adapter_model.safetensors", metadata={"format": "pt"})
         settings = {
             "peft_type": "LORA",

@@ -344,11 +344,7 @@ class Config:
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have: those of a file may fill what --max-tokens leaves."""
         room = self.max_model_len - self.max_tokens
-        return min(room, self.max_prompt_length or room) if self.has_file_of_prompts else LONGEST_PROMPT
-
-    @property
-    def has_file_of_prompts(self) -> bool:
-        return bool(self.prompts or self.eval_prompts)
+        return min(room, self.max_prompt_length or room) if self.prompts or self.eval_prompts else LONGEST_PROMPT
 
     @property
     def more_engine_args(self) -> dict:
@@ -485,8 +481,8 @@ def check_adapters(config: Config) -> None:
     asked = [flag for flag, given in flags if given]
     message = f"--lora-rank {config.lora_rank} trains replicas, not shards: {' and '.join(asked)} must go"
     refuse_unless(not config.lora_rank or not asked, message)
-    fix = "Try: --lora-rank 16"
-    message = f"--lora-alpha {config.lora_alpha:g} scales adapters, and none are trained. {fix}, or leave it out"
+    message = f"--lora-alpha {config.lora_alpha:g} scales adapters, and none are trained. Try: --lora-rank 16"
+    message += ", or leave it out"
     refuse_unless(bool(config.lora_rank) or config.lora_alpha == Config.lora_alpha, message)
 
 

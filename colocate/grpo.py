@@ -210,9 +210,9 @@ def grpo_loss(
     The ratio to old_N, the sampler's log-probabilities, is clipped to [1 - epsilon, 1 + epsilon_high] (PPO,
     https://arxiv.org/abs/1707.06347; a bound of its own upwards: DAPO). With one optimizer step per rollout it differs
     from 1 only where trainer and sampler compute differently, and the clip bounds what such tokens can do. Returns
-    (loss, sums over tokens for the metrics). weight_N: of tokens; correction_N: for the mismatch, as in TRL not of the
-    KL. KL is the estimator r - log r - 1 with r = reference / policy, which is
-    never negative (http://joschu.net/blog/kl-approx.html).
+    (loss, sums over tokens for the metrics). weight_N: of tokens; correction_N: for the mismatch, and as in TRL not of
+    the KL. That is the estimator r - log r - 1 with r = reference / policy, which is never negative
+    (http://joschu.net/blog/kl-approx.html).
     """
     ratio_N = (logprobs_N - old_N).exp()
     plain_N = ratio_N * advantage_N

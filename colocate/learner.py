@@ -357,7 +357,6 @@ class Learner:
         numbers = {"steps": self.steps, "metrics": self.metrics, "updates": self.updates}
         numbers["lr"] = self.optimizer.param_groups[0]["initial_lr"]
         numbers["with_reference"] = bool(self.reference)
-        numbers |= {"lora_rank": self.held.rank, "lora_alpha": self.held.alpha}
         self.held.save(folder)
         trainer_state.write(folder, self._state(), numbers, self.held.group)
         self._move_between_steps()  # moments that were made for this

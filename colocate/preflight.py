@@ -115,6 +115,8 @@ def check_resume(config: Config, parameters: int) -> None:
     """
     if not config.resume:
         return
+    from colocate import adapters  # which brings torch
+
     folder = Path(config.resume).expanduser().resolve()
     state = folder / trainer_state.FOLDER
     hint = "Give --resume a folder that --checkpoint wrote"
@@ -129,22 +131,20 @@ def check_resume(config: Config, parameters: int) -> None:
     refuse_unless(config.dtype in ("auto", dtype), message)
     try:
         elements = trainer_state.elements(folder)
-        numbers = trainer_state.read_numbers(folder)
-        with_reference = numbers["with_reference"]
+        with_reference = trainer_state.read_numbers(folder)["with_reference"]
+        adapter = folder / adapters.FOLDER / adapters.SETTINGS
+        was = json.loads(adapter.read_text()) if adapter.is_file() else {}
     except Exception as error:  # of JSON, of pickle, of torch: half-written, or not torch's at all
         raise Stop(f"{state} is not whole ({type(error).__name__}: {error}). {hint}", USAGE) from None
     message = f"{state} and the weights beside it are not of one model. {hint}"
-    rank = numbers.get("lora_rank", 0)
-    refuse_unless(elements["base" if rank else "master"] == parameters, message)
+    refuse_unless((elements["base"] or elements["master"]) == parameters, message)
+    if elements["base"]:  # what adapters are added to
+        refuse_unless(bool(was), f"--resume {folder} has no {adapter.relative_to(folder)}. {hint}")
+        flags = f"--lora-rank {was['r']} --lora-alpha {was['lora_alpha']:g}"
+        same = (config.lora_rank, config.lora_alpha) == (was["r"], was["lora_alpha"])
+        refuse_unless(same, f"--resume {folder} is of a run with {flags}. Give the same again")
     message = f"--resume {folder} is of a run without --lora-rank. Leave it out"
-    alpha = config.lora_alpha if config.lora_rank else None
-    if rank:
-        from colocate.adapters import FOLDER, SETTINGS
-
-        refuse_unless((folder / FOLDER / SETTINGS).is_file(), f"--resume {folder} has no {FOLDER}/{SETTINGS}. {hint}")
-        was = f"--lora-rank {rank} --lora-alpha {numbers['lora_alpha']:g}"
-        message = f"--resume {folder} is of a run with {was}. Give the same again"
-    refuse_unless((config.lora_rank, alpha) == (rank, numbers.get("lora_alpha")), message)
+    refuse_unless(bool(elements["base"]) or not config.lora_rank, message)
     with_kl = config.kl_coef > 0
     message = f"--resume {folder} is of a run without --kl-coef, and has no starting weights. Leave --kl-coef out"
     refuse_unless(with_reference or not with_kl, message)

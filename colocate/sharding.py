@@ -54,8 +54,6 @@ class Whole:
 
     group = None
     position = 0
-    rank = 0  # of adapters
-    alpha = None
     base: Mapping[str, torch.Tensor] = MappingProxyType({})  # what adapters are added to
     round_of: Mapping[str, int] = MappingProxyType({})  # all of it is always there
 
@@ -91,9 +89,13 @@ class Whole:
     def master_names(self) -> list[str]:
         return list(self.memory)
 
+    def trained(self) -> list[bool]:
+        """Of each master, whether it gets a gradient."""
+        return [p.requires_grad for p in self.parameters.values()]
+
     def restore(self, masters: list[torch.Tensor]) -> None:
         """Set what is in `memory` to the masters, rounded to its dtype."""
-        torch._foreach_copy_([w.detach() for w in self.memory.values()], masters)
+        torch._foreach_copy_(list(self.memory.values()), masters)
 
     def starting_weights(self) -> list[torch.Tensor]:
         """A copy of what is in `memory`, for the KL."""
@@ -110,8 +112,8 @@ class Whole:
         sizes = [m.numel() for m in masters]
         self.gradient = torch.zeros(sum(sizes), device=device)
         parts = self.gradient.split(sizes)
-        for parameter, master, part in zip(self.parameters.values(), masters, parts, strict=True):
-            if parameter.requires_grad:
+        for trained, master, part in zip(self.trained(), masters, parts, strict=True):
+            if trained:
                 master.grad = part.view(master.shape)
 
     def sum_gradients(self, masters: list[torch.Tensor]) -> None:

@@ -85,11 +85,10 @@ class Task:
         for place in rows.keys() - encoded.keys():
             encoded[place] = self.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
         lengths = {place: len(encoded[place]) for place in rows}
-        check_lengths(self.config, lengths, of_file)
-        longest = self.config.longest_prompt if of_file else LONGEST_PROMPT
-        kept = [place for place in rows if lengths[place] <= longest]
-        if len(kept) < len(rows):
-            count = f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {self.config.longest_prompt} tokens"
+        left_out = check_lengths(self.config, lengths, of_file)
+        kept = [place for place in rows if place not in left_out]
+        if left_out:
+            count = f"{len(left_out)} of {len(rows)} prompts have more than {self.config.longest_prompt} tokens"
             self.notes.append(f"{count}, and are left out (--overlong drop)")
         return [Prompt(encoded[place], texts[place], rows[place], chats[place]) for place in kept]
 
@@ -334,8 +333,8 @@ def require_a_step(config: Config, count: int) -> None:
     refuse_unless(count >= config.prompts_per_step or not config.steps, f"{message}. {fix}")
 
 
-def check_lengths(config: Config, lengths: dict[str, int], of_file: bool) -> None:
-    """Raise Stop(USAGE) for a prompt without tokens, or with more than it may have and no --overlong drop.
+def check_lengths(config: Config, lengths: dict[str, int], of_file: bool) -> dict[str, int]:
+    """The prompts that --overlong drop leaves out. Raises Stop(USAGE) for one that is too long without it, or empty.
 
     lengths: {place of a prompt: tokens}. of_file: they may have `config.longest_prompt`, the script's own fewer.
     """
@@ -344,7 +343,7 @@ def check_lengths(config: Config, lengths: dict[str, int], of_file: bool) -> Non
     longest = config.longest_prompt if of_file else LONGEST_PROMPT
     overlong = {place: length for place, length in lengths.items() if length > longest}
     if not overlong or (of_file and config.overlong == "drop"):
-        return
+        return overlong
     place, length = next(iter(overlong.items()))
     found = f"{place} is a prompt of {length} tokens"
     if len(overlong) > 1:
