@@ -94,11 +94,14 @@ def start():
 
 TREE = """
 import subprocess, sys, time
+import psutil
 from colocate.watch import adopt_orphans, children, end_children
 
 def sh(text):
     process = subprocess.Popen(["sh", "-c", f"({text}) >/dev/null\\necho; sleep 600"], stdout=subprocess.PIPE)
     process.stdout.readline()
+    while not psutil.Process(process.pid).children():  # its own sleep, which comes after the line
+        time.sleep(0.01)
     return process
 
 adopt_orphans()
