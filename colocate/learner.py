@@ -32,6 +32,7 @@ from colocate.logprobs import (
     states,
     token_logprobs,
 )
+from colocate.model_folder import LENGTHS
 from colocate.sharding import Gathered, Shard, Whole
 
 # Makes a trainer of shards that has no more samples go along with the others: its gradient is 0.
@@ -321,7 +322,7 @@ class Learner:
         enough = CHECKPOINTED_TOKENS if self.gradient_checkpointing else ENOUGH_TOKENS
         if self.model.config._attn_implementation != VARLEN:
             enough = MASKED_TOKENS
-        count = min(512, self.model.config.get_text_config().max_position_embeddings)
+        count = sample_tokens(self.model.config)
         sample = {"prompt": [0], "tokens": [0] * (count - 1), "logprobs": [0.0] * (count - 1), "advantage": 0.0}
         batch = collate([sample], self.device, self.route.packed)
         with torch.compiler.set_stance("force_eager"):  # layers need not be compiled for so small a batch
@@ -452,6 +453,12 @@ class Learner:
 def copied(tensor: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
     """`to`, with the tensor's values, unless it is that already."""
     return to if tensor.data_ptr() == to.data_ptr() else to.copy_(tensor, non_blocking=True)
+
+
+def sample_tokens(config) -> int:
+    """Tokens of the sequence that tells what a token takes: 512, or what the model's context has if that is less."""
+    config = config.get_text_config()
+    return min(512, *(getattr(config, name, None) or 512 for name in LENGTHS))
 
 
 def learning_rate_factor(step: int, kind: str, warmup_steps: int, scheduled_steps: int) -> float:

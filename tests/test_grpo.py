@@ -19,7 +19,13 @@ torch = pytest.importorskip("torch")
 from colocate import attention, grpo, logprobs  # noqa: E402
 from colocate.attention import VARLEN, attention_for  # noqa: E402
 from colocate.config import Config  # noqa: E402
-from colocate.learner import Learner, default_learning_rate, join_group, learning_rate_factor  # noqa: E402
+from colocate.learner import (  # noqa: E402
+    Learner,
+    default_learning_rate,
+    join_group,
+    learning_rate_factor,
+    sample_tokens,
+)
 from colocate.logprobs import ROUTES, Route  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -666,6 +672,15 @@ def test_random_weights_learn_faster_unless_a_rate_is_given():
     options = {"epsilon": 0.2, "kl_coef": 0.0, "offload": False}
     rates = [Learner(model, True, learning_rate=rate, **options).optimizer.defaults["lr"] for rate in (None, 3e-4)]
     assert rates == [1e-2, 3e-4]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_the_first_forward_pass_fits_the_models_context(name):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(name, **(FAMILIES | MORE)[name])
+    longest = getattr(config, "max_position_embeddings", None)  # Bloom and Mamba have none
+    assert sample_tokens(config) == min(512, longest or 512)
 
 
 def test_learning_rate_zero_moves_nothing():
