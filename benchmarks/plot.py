@@ -28,6 +28,7 @@ COLOURS = {
     "recorded": "#e07b39",
 }
 PHASES = {"rollout": "#6b9bd1", "sleep": "#4c566a", "train": "#a3be8c", "wake": "#b48ead", "push": "#e07b39"}
+LEARNERS = [("#e07b39", "-"), ("#d9a441", ":"), ("#4c566a", "--")]  # in the order of their reports
 PHASES |= {"wake KV": "#ebcb8b"}
 SHARDS = {1: "black", 2: "#a3be8c", 4: "#6b9bd1", 8: "#b48ead"}  # by the trainers in a set
 ORDERS = {"by TP rank": "-", "by GPU": ":"}  # of shard_scaling.py
@@ -58,12 +59,12 @@ def draw_pushes():
 
 
 def draw_loops():
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    runs = {n: r for n, r in tables.load("loop-?xh100-*.json").items() if r.get("steps")}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.5 * len(runs)), layout="constrained")
     for name, r in tables.load("loop-rehearsal-seed*.json").items():
         left.plot([s["step"] for s in r["steps"]], [s["reward"] for s in r["steps"]], label=f"seed {name[-1]}")
     left.set(xlabel="step (rehearsal on two cores, default run)", ylabel="mean reward", ylim=(0, 1.02))
     left.legend(fontsize=8, frameon=False)
-    runs = {n: r for n, r in tables.load("loop-?xh100-*.json").items() if r.get("steps")}
     for y, r in enumerate(runs.values()):
         start = 0.0
         for phase, colour in PHASES.items():
@@ -79,18 +80,22 @@ def draw_loops():
 
 def draw_learned():
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    styles = iter(LEARNERS)
+    found = {}
     for r in tables.load("learn-smollm2*.json").values():
-        ours = r["side"] == "ours"
-        style = {"color": "#e07b39" if ours else "#4c566a", "linestyle": "-" if ours else "--", "linewidth": 1}
-        if r["seed"] == 0:
-            style["label"] = f"{'rlhf_colocate.py' if ours else 'TRL ' + r['versions']['trl']}, three seeds"
+        by = tables.learner_of(r)
+        style = {"linewidth": 1}
+        if by not in found:
+            found[by] = next(styles)
+            style["label"] = f"{by}, three seeds"
+        style["color"], style["linestyle"] = found[by]
         shares = [e["arithmetic.py:right"] for e in r["evals"]]
         left.plot([e["step"] for e in r["evals"]], shares, marker=".", **style)
         means = [statistics.fmean(r["rewards"][i : i + 5]) for i in range(0, len(r["rewards"]), 5)]
         right.plot(range(3, 5 * len(means), 5), means, **style)
     left.set(xlabel="step", ylabel="held-out sums that are right", ylim=(0, 1))
-    left.legend(fontsize=8, frameon=False, loc="lower right")
     right.set(xlabel="step", ylabel="reward, means of 5 steps")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 

@@ -4,6 +4,7 @@ A table stands between <!-- name --> and <!-- /name -->, where `name` is a funct
 fails when a page and the reports disagree.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -97,13 +98,21 @@ def loops() -> str:
     return table([*header, "hand-over", "GPU, GiB", "verdict"], rows)
 
 
+def learner_of(report: dict) -> str:
+    """Who has learned in a report of learn.py or learn_trl.py."""
+    if report["side"] == "trl":
+        return f"TRL {report['versions']['trl']}"
+    correction = report["config"]["correction"]
+    return "rlhf_colocate.py" + ("" if correction == "none" else f", --correction {correction}")
+
+
 def learned() -> str:
     """Held-out sums before and after, by seed (benchmarks/learn.py, learn_trl.py)."""
     rows = []
     for name, r in load("learn-*.json").items():
         heldout = r["heldout"]
         link = f"[{name}](../results/{name}.json)"
-        by = "`rlhf_colocate.py`" if r["side"] == "ours" else f"TRL {r['versions']['trl']}"
+        by = f"`{learner_of(r)}`" if r["side"] == "ours" else learner_of(r)
         right = f"{heldout['before']:.2f} → {heldout['after']:.2f} ± {1.96 * heldout['se']:.2f}"
         last = statistics.fmean(r["rewards"][-20:])
         rows.append([link, hardware(r), by, str(r["steps"]), right, f"{last:.2f}"])
@@ -370,21 +379,25 @@ SIDES = {
 }
 
 
-def trl_rows(**wanted) -> list[dict]:
-    """Rows of bench_trl.py that have these values."""
-    rows = [row for r in load("trl-*.json").values() for row in r["rows"]]
+def trl_rows(file: str = "*", **wanted) -> list[dict]:
+    """Rows of bench_trl.py that have these values. file: one of `trl_files`; each is of one host."""
+    rows = [row for r in load(f"trl-{file}.json").values() for row in r["rows"]]
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def our_runs(lengths: str, model: str = SHAPE, sleep: bool = True) -> list[dict]:
+def trl_files() -> list[str]:
+    return [name.removeprefix("trl-") for name in load("trl-*.json")]
+
+
+def our_runs(lengths: str, model: str = SHAPE, sleep: bool = True, file: str = "*") -> list[dict]:
     """Our runs on one GPU, with our defaults."""
-    return trl_rows(gpus=1, side="ours", variant="default", lengths=lengths, model=model, sleep=sleep)
+    return trl_rows(file, gpus=1, side="ours", variant="default", lengths=lengths, model=model, sleep=sleep)
 
 
-def their_runs(lengths: str, off: bool = False, model: str = SHAPE) -> list[dict]:
+def their_runs(lengths: str, off: bool = False, model: str = SHAPE, file: str = "*") -> list[dict]:
     """TRL's runs on one GPU with the shorter mean step, of those with its correction on or off."""
     kinds: dict[tuple, list[dict]] = {}
-    for row in trl_rows(gpus=1, side="trl", lengths=lengths, model=model, sleep=True):
+    for row in trl_rows(file, gpus=1, side="trl", lengths=lengths, model=model, sleep=True):
         if row["variant"].endswith("-off") == off:
             kinds.setdefault((row["variant"], row["micro_batch_size"]), []).append(row)
     return min(kinds.values(), key=lambda kind: mean(kind, "step_s_mean"), default=[])
@@ -427,23 +440,32 @@ def trl_steps() -> str:
 
 
 def trl_goals() -> str:
-    """Ours beside TRL on one GPU: a goal that has not been measured says so."""
+    """Ours beside TRL on one GPU: one value for each host that has both sides, or says "not measured"."""
 
     def ratio(own: list[dict], theirs: list[dict], name: str = "step_s_mean") -> float | None:
         a = mean(own, name)
         b = mean(theirs, name)
         return a / b if a and b else None
 
-    def longest(lengths: str) -> float | None:
-        return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths)), default=None)
+    def step(lengths: str, file: str, name: str = "step_s_mean", model: str = SHAPE, off: bool = False) -> float | None:
+        theirs = their_runs(lengths, off=off, model=model, file=file)
+        return ratio(our_runs(lengths, model=model, file=file), theirs, name)
 
-    def flop_share(own: list[dict]) -> float | None:
+    def longest(lengths: str, file: str) -> float | None:
+        return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths, file=file)), default=None)
+
+    def flop_share(file: str) -> float | None:
+        own = our_runs("full", "Qwen2.5-3B", file=file)
         shares = [6 * r["parameters"] * (r["tokens"] + r["prompt_tokens"]) / r["train_s"] / PEAK_FLOPS for r in own]
         return statistics.fmean(shares) if shares else None
 
-    def started(side: str, caches: str) -> list[dict]:
-        rows = trl_rows(gpus=1, side=side, model=SHAPE, caches=caches, sleep=True)
+    def started(side: str, caches: str, file: str) -> list[dict]:
+        rows = trl_rows(file, gpus=1, side=side, model=SHAPE, caches=caches, sleep=True)
         return [row for row in rows if not row["variant"].endswith("off")]
+
+    def peak(file: str) -> float | None:
+        fp32 = trl_rows(file, gpus=1, side="trl", variant="fp32", lengths="full", model=SHAPE, sleep=True)
+        return ratio(our_runs("full", file=file), fp32, "peak_gib")
 
     def times(value: float) -> str:
         return f"{value:.2f} ×"
@@ -456,53 +478,54 @@ def trl_goals() -> str:
 
     lines = []
 
-    def goal(text: str, value: float | None, bound: float | None, unit: Callable[[float], str], least: bool = False):
+    def goal(text: str, bound: float | None, unit: Callable[[float], str], measure: Callable, least: bool = False):
+        """measure: of a file's rows, or None where it has not both sides."""
         limit = f"{'≥' if least else '≤'} {unit(bound)}" if bound is not None else "–"
+        values = [value for file in trl_files() if (value := measure(file)) is not None]
         met = "–"
-        if value is not None and bound is not None:
-            met = "yes" if (value >= bound if least else value <= bound) else "no"
-        lines.append([text, limit, NOT_MEASURED if value is None else unit(value), met])
+        if values and bound is not None:
+            met = "yes" if all(value >= bound if least else value <= bound for value in values) else "no"
+        lines.append([text, limit, ", ".join(map(unit, values)) or NOT_MEASURED, met])
 
     for lengths, bound in (("uneven", 0.5), ("full", 0.6)):
-        goal(f"step, {lengths} lengths, correction on", ratio(our_runs(lengths), their_runs(lengths)), bound, times)
+        goal(f"step, {lengths} lengths, correction on", bound, times, functools.partial(step, lengths))
     for lengths in ("uneven", "full"):
-        value = ratio(our_runs(lengths), their_runs(lengths, off=True))
-        goal(f"step, {lengths} lengths, correction off", value, 0.7, times)
-    goal("train, full lengths", mean(our_runs("full"), "train_s"), 0.4, seconds)
+        goal(f"step, {lengths} lengths, correction off", 0.7, times, functools.partial(step, lengths, off=True))
+    goal("train, full lengths", 0.4, seconds, lambda file: mean(our_runs("full", file=file), "train_s"))
     for lengths in ("uneven", "full"):
-        goal(f"longest step, {lengths} lengths, beside the median", longest(lengths), 1.3, times)
-    goal("hand-over, full lengths", ratio(our_runs("full"), their_runs("full"), "handover_s"), 0.5, times)
-    goal("hand-over, engines awake", mean(our_runs("full", sleep=False), "handover_s"), 0.02, seconds)
-    fp32 = trl_rows(gpus=1, side="trl", variant="fp32", lengths="full", model=SHAPE, sleep=True)
-    goal("peak GPU memory, beside float32 weights", ratio(our_runs("full"), fp32, "peak_gib"), 1.0, times)
+        goal(f"longest step, {lengths} lengths, beside the median", 1.3, times, functools.partial(longest, lengths))
+    goal("hand-over, full lengths", 0.5, times, lambda file: step("full", file, "handover_s"))
+    awake = functools.partial(our_runs, "full", sleep=False)
+    goal("hand-over, engines awake", 0.02, seconds, lambda file: mean(awake(file=file), "handover_s"))
+    goal("peak GPU memory, beside float32 weights", 1.0, times, peak)
     for caches in ("warm", "cold"):
-        value = ratio(started("ours", caches), started("trl", caches), "start_s")
-        goal(f"start to first step, {caches} caches", value, 0.9, times)
+        text = f"start to first step, {caches} caches"
+        both = [functools.partial(started, side, caches) for side in ("ours", "trl")]
+        goal(text, 0.9, times, lambda file, both=both: ratio(*(rows(file) for rows in both), "start_s"))
     for model in ("Qwen2.5-1.5B", "Qwen2.5-3B"):
         for lengths in ("uneven", "full"):
-            value = ratio(our_runs(lengths, model), their_runs(lengths, model=model))
-            goal(f"step of {model}, {lengths} lengths, correction on", value, None, times)
-    share = flop_share(our_runs("full", "Qwen2.5-3B"))
-    goal("FLOP of training, of an H100's peak, Qwen2.5-3B", share, 0.3, percent, least=True)
-    goal("rewards of seeds, apart, beside their spread", rewards_apart(trl_rows(gpus=1)), 1.0, times)
+            measure = functools.partial(step, lengths, model=model)
+            goal(f"step of {model}, {lengths} lengths, correction on", None, times, measure)
+    goal("FLOP of training, of an H100's peak, Qwen2.5-3B", 0.3, percent, flop_share, least=True)
     return table([f"{SHAPE}, 64 × 256 tokens, one GPU: ours beside TRL", "goal", "measured", "met"], lines)
 
 
-def rewards_apart(rows: list[dict]) -> float | None:
-    """How far the sides' mean rewards of their last steps are apart, as a part of the wider side's spread over seeds.
-
-    None unless both sides have three seeds with one learning rate. TRL with float32 weights, as our optimizer has them.
-    """
-    ends: dict[tuple, dict[int, float]] = {}
-    for row in rows:
-        if row["lengths"] == "full" and (row["side"], row["variant"]) in (("ours", "default"), ("trl", "fp32")):
-            ends.setdefault((row["learning_rate"], row["side"]), {})[row["seed"]] = statistics.fmean(row["reward"][-3:])
-    for rate in sorted({rate for rate, _ in ends}, reverse=True):
-        sides = [[*ends.get((rate, side), {}).values()] for side in ("ours", "trl")]
-        if min(map(len, sides)) >= 3:
-            spread = max(max(side) - min(side) for side in sides)
-            return abs(statistics.fmean(sides[0]) - statistics.fmean(sides[1])) / spread if spread else None
-    return None
+def rewards_apart() -> str:
+    """How far apart the sides' rewards are in the end (learn.py, learn_trl.py), beside the wider side's spread."""
+    ends: dict[str, list[float]] = {}
+    for r in load("learn-smollm2*.json").values():
+        ends.setdefault(learner_of(r), []).append(statistics.fmean(r["rewards"][-20:]))
+    theirs = next((seeds for by, seeds in ends.items() if by.startswith("TRL")), [])
+    rows = []
+    for by, seeds in ends.items():
+        if seeds is theirs or min(len(seeds), len(theirs)) < 3:
+            continue
+        spread = max(max(side) - min(side) for side in (seeds, theirs))
+        apart = abs(statistics.fmean(seeds) - statistics.fmean(theirs))
+        means = [f"{statistics.fmean(side):.3f} ± {(max(side) - min(side)) / 2:.3f}" for side in (seeds, theirs)]
+        rows.append([f"`{by}`", *means, f"{apart:.3f}", f"{apart / spread:.2f} ×"])
+    header = ["reward of the last 20 steps, three seeds", "ours", "TRL", "apart", "of the wider side's spread"]
+    return table(header, rows) if rows else f"Rewards of seeds: {NOT_MEASURED}."
 
 
 def tested() -> str:
@@ -519,10 +542,10 @@ def numbers() -> str:
     pushed = next(m for (_, shape), m in bench_shapes().items() if shape.startswith("Qwen2.5-7B"))
     wall = pushed["recorded"]["wall_ms_p50"]
     theirs = pushed["vllm"]["wall_ms_p50"]
-    ours = our_runs("full")
+    ours = our_runs("full", file="1xh100")
     step = mean(ours, "step_s_mean")
     handover = mean(ours, "handover_s")
-    of_trl = mean(their_runs("full"), "step_s_mean")
+    of_trl = mean(their_runs("full", file="1xh100"), "step_s_mean")
     start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
     drilled = {row["drill"]: row for row in load("drills-2xh100.json")["drills-2xh100"]["rows"]}
     back = [drilled[d]["recovered_s"] for d in ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push")]

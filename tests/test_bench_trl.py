@@ -308,12 +308,29 @@ def test_each_side_has_a_line(recorded):
     assert lines[2][3] == "TRL, bf16 weights, correction off"
 
 
-def test_rewards_are_compared_where_three_seeds_are_there(recorded):
-    groups = []
+def test_hosts_are_not_mixed(recorded, tmp_path):
+    recorded(rows("ours", 1.0), rows("trl-bf16", 4.0))
+    other = [row | ABOUT for row in rows("ours", 3.0) + rows("trl-bf16", 5.0)]
+    (tmp_path / "trl-1xh100-other.json").write_text(json.dumps(ABOUT | {"versions": {}, "rows": other}))
+    found = cells(tables.trl_goals())["step, full lengths, correction on"]
+    assert found == ["≤ 0.60 ×", "0.60 ×, 0.25 ×", "yes"]
+    assert cells(tables.trl_goals())["step, uneven lengths, correction on"][2] == "no", "one of the two misses it"
+
+
+def test_rewards_are_compared_where_three_seeds_are_there(recorded, tmp_path):
+    def learn(side: str, seed: int, reward: float) -> None:
+        report = {
+            "side": side,
+            "rewards": 30 * [reward],
+            "versions": {"trl": "1.16.0"},
+            "config": {"correction": "none"},
+        }
+        (tmp_path / f"learn-smollm2-{side}-seed{seed}.json").write_text(json.dumps(report))
+
     for seed in range(3):
-        groups.append(rows("ours", 1.0, seed=seed, reward=3 * [0.2 + seed / 10]))
-        groups.append(rows("trl-fp32", 1.0, seed=seed, reward=3 * [0.3 + seed / 10]))
-    recorded(*groups[:-1])
-    assert cells(tables.trl_goals())["rewards of seeds, apart, beside their spread"][1] == "not measured"
-    recorded(*groups)
-    assert cells(tables.trl_goals())["rewards of seeds, apart, beside their spread"][1:] == ["0.50 ×", "yes"]
+        learn("ours", seed, 0.2 + seed / 10)
+        if seed < 2:
+            learn("trl", seed, 0.3 + seed / 10)
+    assert tables.rewards_apart() == "Rewards of seeds: not measured."
+    learn("trl", 2, 0.5)
+    assert cells(tables.rewards_apart())["`rlhf_colocate.py`"][2:] == ["0.100", "0.50 ×"]
