@@ -359,8 +359,7 @@ class ColocateWorkerExtension:
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_pieces(messages, device_uuid(self.device), self.device))
             opened = time.perf_counter()
-            plan = CopyPlan(self.get_model(), self.vllm_config, recording, weights)
-            self._plan = plan
+            self._plan = plan = self._bind(recording, weights)
             self._mapping = mapping.pop_all()
         bound = time.perf_counter()
         return {
@@ -369,7 +368,7 @@ class ColocateWorkerExtension:
             "copies": sum(len(part.local) + len(part.remote) for part in plan.rounds.values()),
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
-            "loaders": recording.loaders,
+            "loaders": plan.recording.loaders,
             "kept": [*self._kept],
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),
@@ -405,10 +404,13 @@ class ColocateWorkerExtension:
         self._recorded = {n: digest(p) for n, p in self.get_model().named_parameters()}
 
     def check_weights_changed(self) -> bool:
-        """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran."""
+        """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran.
+
+        But for single numbers: the largest element of a weight, of which vLLM makes a scale, may well stay as it is.
+        """
         if not hasattr(self, "_recorded"):
             raise RuntimeError("there is no record of the old weights. Try: record_weights before the push")
-        return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters())
+        return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters() if p.numel() > 1)
 
     def _record(self, messages: dict) -> Recording:
         """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""
@@ -421,6 +423,10 @@ class ColocateWorkerExtension:
             self._recording = (weights, recording)
         self._keep()
         return self._recording[1]
+
+    def _bind(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
+        """The plan for these weights. A subclass may have its own way for some of them."""
+        return CopyPlan(self.get_model(), self.vllm_config, recording, weights)
 
     def _keep(self) -> None:
         """Copy what the engine's sleep would drop and no push brings. Once, before it sleeps for the first time."""
@@ -441,10 +447,10 @@ class CopyPlan:
 
     It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
 
-    weights: of `open_pieces`, VERSION among them.
+    weights: of `open_pieces`, VERSION among them. more: launched beside the copies, see `CopyGraph`.
     """
 
-    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, list[Piece]]):
+    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, list[Piece]], more: Sequence = ()):
         self.model = model
         self.vllm_config = vllm_config
         self.recording = recording
@@ -454,12 +460,11 @@ class CopyPlan:
         # One round, unless the trainer sends its weights in several. (No lambda: a cycle would keep the memory mapped.)
         self.rounds: dict[int, CopyGraph] = defaultdict(functools.partial(CopyGraph, self.versions))
         for c in recording.copies:
-            for piece in weights[c.weight]:
-                if part := c.source.cut(piece.full, piece.start, piece.tensor.shape):
-                    where, source = part
-                    copy = (c.target.narrow(where).of(targets[c.parameter]), source.of(piece.tensor))
-                    copies = self.rounds[piece.round]
-                    (copies.remote if piece.remote else copies.local).append(copy)
+            for piece, dst, src in c.bound(targets[c.parameter], weights[c.weight]):
+                copies = self.rounds[piece.round]
+                (copies.remote if piece.remote else copies.local).append((dst, src))
+        if more:
+            self.rounds[0].more += more
         self.remote_bytes = sum(copies.remote_bytes for copies in self.rounds.values())
         self.nbytes = sum(copies.nbytes for copies in self.rounds.values())
         if self.versions[0].is_cuda:
@@ -506,13 +511,15 @@ class CopyPlan:
 class CopyGraph:
     """Copies that are done together, with a look at the trainers' versions before and after: on a GPU one CUDA graph.
 
-    local, remote: (target, source), remote ones from another GPU's memory. seen: the versions, int64, (2, trainers).
+    local, remote: (target, source), remote ones from another GPU's memory. more: functions that launch something else,
+    and have `nbytes`, that they write. seen: the versions, int64, (2, trainers).
     """
 
     def __init__(self, versions: list[torch.Tensor]):
         self.versions = versions
         self.local: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.more: list[Callable[[], None]] = []
         self.seen = torch.full((2, len(versions)), -1, dtype=torch.int64, device=versions[0].device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.table: torch.Tensor | None = None  # what the graph reads
@@ -523,7 +530,7 @@ class CopyGraph:
 
     @property
     def nbytes(self) -> int:
-        return self.remote_bytes + sum(dst.nbytes for dst, _ in self.local)
+        return self.remote_bytes + sum(dst.nbytes for dst, _ in self.local) + sum(run.nbytes for run in self.more)
 
     def replay(self) -> None:
         if self.graph:
@@ -532,6 +539,8 @@ class CopyGraph:
         self._look(0)
         for dst, src in (*self.local, *self.remote):
             dst.copy_(src)
+        for run in self.more:
+            run()
         self._look(1)
 
     def _look(self, when: int) -> None:
@@ -568,6 +577,9 @@ class CopyGraph:
                 for i, (dst, src) in enumerate(copies):
                     with torch.cuda.stream(lanes[i % len(lanes)]):
                         dst.copy_(src)
+                for i, run in enumerate(self.more):
+                    with torch.cuda.stream(lanes[i % len(lanes)]):
+                        run()
                 for lane in (*lanes, beside):
                     torch.cuda.current_stream().wait_stream(lane)
                 self._look(1)
@@ -853,22 +865,29 @@ def _tiles(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tenso
         cut.append((src.data_ptr(), dst.data_ptr(), *dst.shape, src.stride(0), dst.stride(0)))
     if not cut:
         return None, others
-    # NumPy, since torch would wake threads for all cores of the host, which takes half a second in a container.
-    by_copy = np.array(cut)
-    wide = by_copy[:, 3].clip(max=TILE)
-    high = (TILE // wide).clip(min=1)
+    return cut_tiles(np.array(cut), TILE, (8, 8)), others
+
+
+def cut_tiles(by_copy: np.ndarray, tile: int, sizes: tuple[int, int]) -> torch.Tensor:
+    """Rows of (source, target, rows, width, strides of both, ...), cut into tiles of so many elements.
+
+    sizes: bytes of an element of source and target. NumPy, since torch would wake threads for all cores of the host,
+    which takes half a second in a container.
+    """
+    wide = by_copy[:, 3].clip(max=tile)
+    high = (tile // wide).clip(min=1)
     across = -(-by_copy[:, 3] // wide)  # tiles beside one another
     count = across * -(-by_copy[:, 2] // high)
-    copy = np.arange(len(cut)).repeat(count)  # to which a tile belongs
+    copy = np.arange(len(by_copy)).repeat(count)  # to which a tile belongs
     place = np.arange(len(copy)) - (count.cumsum() - count)[copy]  # among its tiles
     row = place // across[copy] * high[copy]
     column = place % across[copy] * wide[copy]
     table = by_copy[copy]
     for side in (0, 1):
-        table[:, side] += 8 * (row * table[:, 4 + side] + column)
+        table[:, side] += sizes[side] * (row * table[:, 4 + side] + column)
     table[:, 2] = (table[:, 2] - row).clip(max=high[copy])
     table[:, 3] = (table[:, 3] - column).clip(max=wide[copy])
-    return torch.from_numpy(table), others
+    return torch.from_numpy(table)
 
 
 def _copy_tiles(table: torch.Tensor, tiles: int, blocks: int) -> None:
@@ -957,6 +976,13 @@ class Copy:
     weight: str
     source: Slice
 
+    def bound(self, parameter: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+        """(piece, target, source) for each of the weight's pieces that has some of it: views of parameter and piece."""
+        for piece in pieces:
+            if part := self.source.cut(piece.full, piece.start, piece.tensor.shape):
+                where, source = part
+                yield piece, self.target.narrow(where).of(parameter), source.of(piece.tensor)
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -966,13 +992,14 @@ class Recording:
     loaders: list[str]  # weights that must go through vLLM's loaders instead: their parameters are computed from them
     padding: dict[str, int]  # parameter -> elements that belong to no weight (they round the vocabulary up)
     reload: bool  # vLLM's loaders work inside its layerwise reload only
+    unprocessed: dict[str, list[Copy]]  # what they copy into parameters that are computed afterwards from just that
 
 
 def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Recording:
     """Find out what vLLM's own loaders do with weights of these names, shapes and dtypes. They write nothing.
 
     They run on tensors of the meta device, so a loader that needs a weight's values is not handled.
-    model: the rank's (`worker.get_model()`), unquantized. tp_size: ranks that share the weights.
+    model: the rank's (`worker.get_model()`). tp_size: ranks that share the weights.
     Raises HandleError, which names the first few offenders, unless the weights are exactly the model's: each element of
     each parameter is written once, vocabulary padding excepted, and each weight goes somewhere. Raises NotHandled if
     the model cannot be pushed by this file.
@@ -993,11 +1020,15 @@ def record_loaders(model, model_config, weights: Shapes, tp_size: int) -> Record
     if wrong:
         raise HandleError(f"the weights do not fit {architecture}, nothing was loaded: {_some(wrong, 5)}")
     copies = []
+    unprocessed = {}
     for name, t in targets.items():
+        slices = [Copy(name, w.target, next(iter(w.weights)), w.source) for w in t.loads if w.source]
         if not t.computed:
-            copies += [Copy(name, w.target, next(iter(w.weights)), w.source) for w in t.loads]
+            copies += slices
+        elif slices and len(slices) == len(t.writes):
+            unprocessed[name] = slices
     padding = {name: t.padding for name, t in targets.items() if t.padding}
-    return Recording(copies, sorted(loaders), padding, reload)
+    return Recording(copies, sorted(loaders), padding, reload, unprocessed)
 
 
 def _run_dry(model: torch.nn.Module, weights: Shapes) -> tuple[dict[str, _Target], bool]:
@@ -1045,8 +1076,9 @@ def _find_targets(modules: dict[str, torch.nn.Module], recorder: _Recorder) -> t
         if sinks is not None and sinks.dtype != torch.float32:
             raise NotHandled(f"FlashInfer keeps a float32 copy of the attention sinks of {prefix}, which a push misses")
     experts = {m for m in modules.values() if "w13_weight" in m._parameters}
+    quantized = {m for m in modules.values() if getattr(getattr(m, "quant_method", None), "uses_meta_device", False)}
     derived = any(_keeps_derived_matrices(m) for m in modules.values())
-    reload = bool(experts) or derived
+    reload = bool(experts or quantized) or derived
     targets: dict[str, _Target] = {}
     by_storage: dict[int, _Target] = {}
     for prefix, module in modules.items():
@@ -1064,7 +1096,11 @@ def _find_targets(modules: dict[str, torch.nn.Module], recorder: _Recorder) -> t
                     twins[leaf] = known.as_loaded
                 continue
             target = _Target(tensor, twins.get(leaf, tensor))
-            target.processed = derived or (module in experts and not _takes_weights_as_loaded(module))
+            target.processed = derived or module in quantized
+            target.processed |= module in experts and not _takes_weights_as_loaded(module)
+            # Made of others after loading: a scale, or a matrix of multi-head latent attention.
+            makes = module in quantized or hasattr(module, "W_UV")
+            target.optional = makes and leaf not in twins and not hasattr(tensor, "weight_loader")
             if hasattr(module, "shard_indices"):  # VocabParallelEmbedding
                 rows = tensor.shape[0] - module.shard_indices.num_org_elements
                 target.padding = rows * (tensor.numel() // tensor.shape[0])
@@ -1074,7 +1110,7 @@ def _find_targets(modules: dict[str, torch.nn.Module], recorder: _Recorder) -> t
     for prefix, module in modules.items():
         for leaf, tensor in module._buffers.items():
             if tensor is not None and _storage(tensor) not in by_storage:  # else it is another view of a parameter
-                targets[f"{prefix}.{leaf}" if prefix else leaf] = _Target(tensor, tensor, is_buffer=True)
+                targets[f"{prefix}.{leaf}" if prefix else leaf] = _Target(tensor, tensor, optional=True)
     return targets, reload
 
 
@@ -1133,7 +1169,7 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
     read: Counter[str] = Counter()  # elements by weight
     for name, t in targets.items():
         needed = t.as_loaded.numel() - t.padding
-        if t.is_buffer and not t.loads:
+        if t.optional and not t.loads:
             continue
         written = tuple(w.target for w in t.loads)
         count = covered_once(written, t.as_loaded.shape) if t.as_loaded.is_contiguous() else None
@@ -1147,9 +1183,10 @@ def _misfits(targets: dict[str, _Target], weights: Shapes, model_config, tp_size
             for weight in w.weights:
                 dtype = weights[weight][1]
                 # vLLM keeps a few parameters in float32 in a model of 16 bits, and casts what it loads.
-                cast = t.tensor.dtype == torch.float32 and dtype == getattr(model_config, "dtype", None)
-                if dtype != t.tensor.dtype and not cast:
-                    wrong.append(f"wrong dtype: {weight}: {_name(dtype)}, and {name} is {_name(t.tensor.dtype)}")
+                needs = t.as_loaded.dtype
+                cast = needs == torch.float32 and dtype == getattr(model_config, "dtype", None)
+                if dtype != needs and not cast:
+                    wrong.append(f"wrong dtype: {weight}: {_name(dtype)}, and {name} is {_name(needs)}")
                 read[weight] += w.target.numel() + t.padding if w.source else math.prod(weights[weight][0])
     used = {weight for t in targets.values() for w in t.writes for weight in w.weights}
     wrong += [f"unexpected: {weight}" for weight in weights if weight not in used]
@@ -1168,7 +1205,7 @@ class _Target:
 
     tensor: torch.Tensor  # as the engine has it
     as_loaded: torch.Tensor  # as vLLM's loaders find it: elsewhere, where a layer is processed after loading
-    is_buffer: bool = False  # it need not be loaded
+    optional: bool = False  # it need not be loaded
     padding: int = 0  # elements that belong to no token
     processed: bool = False  # its kernel keeps it in an order of its own
     made_anew: bool = False  # by the loaders: it is not the engine's any more

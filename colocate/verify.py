@@ -27,6 +27,7 @@ class Region:
     """`parameter[dst]` of this rank's vLLM model must equal `weight[src]` of the checkpoint, bit for bit.
 
     dst None: the weight is in the parameter, but in an order of its kernel's own, so it cannot be compared.
+    Where vLLM has quantized the parameter, this is said of what it was before.
     transposed: src is a part of the transposed weight.
     """
 
@@ -52,6 +53,7 @@ class Layout:
     processed: dict[str, int]  # parameter -> elements that cannot be compared: their kernel has an order of its own
     unknown: dict[str, int] = field(default_factory=dict)  # parameter -> elements that no region accounts for
     architecture: str = "the model"
+    quantized: dict[str, torch.Size] = field(default_factory=dict)  # parameter -> its shape before
 
 
 # Families whose checkpoints hold q, k and v (or gate and up) as one weight, by the order of its rows:
@@ -71,7 +73,7 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     while others are that no parameter should have: then the checkpoint names or orders its weights in another way.
     The recording of vLLM's loaders speaks for the unknown ones.
 
-    model: the rank's model (`worker.get_model()`), unquantized. names: of the weights that the trainer sends.
+    model: the rank's model (`worker.get_model()`). names: of the weights that the trainer sends.
     tp_rank: as if for another rank (for fault injection).
     """
     names = set(names) - {*WORDS}
@@ -82,6 +84,7 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     places: dict[str, list[Region]] = {}
     sizes: dict[str, int] = {}
     padding: dict[str, int] = {}
+    quantized: dict[str, torch.Size] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -90,10 +93,20 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
                 continue
             seen.add(memory)
             name = f"{prefix}.{leaf}" if prefix else leaf
+            in_blocks = False
+            if _is_quantized(module):
+                in_blocks = hasattr(module, "weight_scale_inv")
+                if leaf.startswith("weight_scale"):
+                    continue  # it is compared with its weight
+                if leaf == "weight":
+                    parameter = _as_loaded(module)
+                    quantized[name] = parameter.shape
             regions = _regions(name, prefix, leaf, module, parameter, packed, spelled, config, tp_rank)
             if prefix.rpartition(".")[2] in TRANSPOSED.get(kind, ()) and leaf == "weight":
                 regions = [replace(r, transposed=True, shape=r.shape[::-1]) for r in regions]
             regions = [replace(r, weight=spelled.get(r.weight, r.weight)) for r in regions]
+            if in_blocks and name in quantized:  # torch's compiler makes its arithmetic, which may round in other ways
+                regions = [replace(r, dst=None) for r in regions]
             sizes[name] = parameter.numel()
             if all(r.dst is not None for r in regions):
                 rest = parameter.numel() - sum(parameter.data[r.dst].numel() for r in regions)
@@ -114,7 +127,22 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
         processed={n: sizes[n] for n, regions in known.items() if any(r.dst is None for r in regions)},
         unknown={n: sizes[n] - padding.get(n, 0) for n in places if n in unknown},
         architecture=(getattr(config, "architectures", None) or [type(model).__name__])[0],
+        quantized=quantized,
     )
+
+
+def _is_quantized(module: torch.nn.Module) -> bool:
+    """Whether vLLM has made FP8 of a linear layer's weight, as it loaded it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dtype == torch.float8_e4m3fn and hasattr(module, "orig_dtype")
+
+
+def _as_loaded(module: torch.nn.Module) -> torch.Tensor:
+    """A quantized layer's weight as vLLM's loaders had it: without values."""
+    shape = (module.output_size_per_partition, module.input_size_per_partition)
+    weight = torch.empty(shape, dtype=module.orig_dtype, device="meta")
+    weight.weight_loader = getattr(module.weight, "weight_loader", None) or module.weight_loader
+    return weight
 
 
 def _names_in_checkpoint(model: torch.nn.Module, names: set[str]) -> dict[str, str]:
@@ -270,6 +298,58 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
     return 0 if torch.equal(a_bits, b_bits) else int((a_bits != b_bits).sum())
 
 
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+class Quantized:
+    """A layer's weight as it was before vLLM quantized it, put together from the trainer's, and what must come of it.
+
+    A scale is a float32, of a tensor or of each row: the largest element over 448. vLLM takes it over this rank's part
+    of the weight (0.26), or over all ranks' (0.32): the engine's must be one of the two.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int):
+        """weight (in, out) and scale: the engine's, maybe padded for its kernel. shape: without that, (out, in)."""
+        self.weight = weight.t()[: shape[0], : shape[1]]
+        self.scale = scale[: shape[0]]
+        self.missing = regions
+
+    def add(self, region: Region, weight: torch.Tensor) -> None:
+        """weight: the whole one of the checkpoint."""
+        if not hasattr(self, "before"):
+            self.before = torch.zeros_like(self.weight, dtype=region.dtype)
+            self.rows = torch.zeros_like(self.before[:, 0], dtype=torch.float32)  # largest elements, over all ranks
+            self.whole = self.rows.new_zeros(1)
+        self.before[region.dst].copy_(region.source(weight))
+        weight = weight.t() if region.transposed else weight
+        self.rows[region.dst[:1]] = weight[region.src[:1]].abs().amax(1).float()
+        self.whole = torch.maximum(self.whole, weight.abs().amax().float())
+        self.missing -= 1
+
+    def numel(self) -> int:
+        return self.weight.numel() + self.scale.numel()
+
+    def wrong(self) -> int:
+        """How many elements of the engine's weight and scale are not what they must be. Forgets the weight."""
+        before, rows, whole = self.__dict__.pop("before"), self.rows, self.whole
+        by_row = self.scale.dim() == 2
+        own = before.abs().amax(1).float() if by_row else before.abs().amax().float().view(1)
+        largest = torch.tensor(LARGEST, device=before.device)  # a tensor, since torch multiplies by a number's inverse
+        scales = [elements / largest for elements in (own, rows if by_row else whole)]
+        if by_row:
+            scales = [s.clamp_min(1 / (LARGEST * 512)).view(-1, 1) for s in scales]
+        right = scales[1] if torch.equal(scales[1], self.scale) else scales[0]
+        wrong = differing(right, self.scale)
+        step = max(1, 2**24 // before.shape[1])
+        for start in range(0, len(before), step):
+            part = slice(start, start + step)
+            values = before[part].float()
+            values = values / right[part] if by_row else values * (1 / right)
+            # Not clamp: of all-zero weights, whose scale is 0, vLLM's kernels make 448, since their minimum skips NaN.
+            wrong += differing(values.fmin(largest).fmax(-largest).to(self.weight.dtype), self.weight[part])
+        return wrong
+
+
 def compare(worker, messages: dict, digests: dict) -> dict:
     """Compare what arrived with what was sent, and every parameter element with what it must be.
 
@@ -337,11 +417,23 @@ def compare_weights(
     arrived = {}
     checked = 0
     wrong = Counter()
+    counts = Counter(region.parameter for of_weight in regions.values() for region in of_weight)
+    layers = {}
+    for name in layout.quantized.keys() & counts.keys():
+        scale = parameters[f"{name}_scale"]
+        layers[name] = Quantized(parameters[name], scale, layout.quantized[name], counts[name])
+        parameters[name] = layers[name].weight
     with contextlib.closing(arriving(weights)) as rounds:
         for name in (name for _, names in rounds for name in names):
             arrived |= {piece.named(name): digest(piece.tensor) for piece in weights[name]}
             weight = whole(weights[name])
             for region in regions.pop(name, []):
+                if layer := layers.get(region.parameter):
+                    layer.add(region, weight)
+                    if not layer.missing:
+                        checked += layer.numel()
+                        wrong[region.parameter] += layer.wrong()
+                    continue
                 have = parameters[region.parameter][region.dst]
                 checked += have.numel()
                 wrong[region.parameter] += differing(have, region.source(weight))
