@@ -329,6 +329,8 @@ class Colocation:
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
         self.begin_from: Path | None = None  # the same, at a path where all nodes see it
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
+        if config.rollout_quantization != "none":
+            self.worker_extension = "colocate.fp8.QuantizingWorkerExtension"
         if config.trace:
             self.trainer_class = trace.traced(self.trainer_class)
             self.engine_class = trace.traced(self.engine_class)
@@ -435,6 +437,8 @@ class Colocation:
             load_format=self.model.load_format,
             hf_overrides={"architectures": [self.model.architecture]},  # a config.json may lack it
             dtype=config.dtype,
+            quantization=config.engine_quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="ray",
             worker_extension_cls=self.worker_extension,
@@ -655,7 +659,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         before = every_engine_answers(colocation, task)
         colocation.on_workers("record_weights")
     with stage("perturb"):
-        colocation.change_weights(checks.perturb)
+        colocation.change_weights(checks.perturb, noise=colocation.config.proof_noise)
         colocation.compare_replicas()
         report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
@@ -666,7 +670,7 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         after = every_engine_answers(colocation, task)
         sequences = [s["prompt"] + s["tokens"] for s in after]
         scores = colocation.fleet.ask(colocation.trainers, checks.token_logprobs, sequences)[0]
-        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.logprob_tolerance))
+        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.gap_tolerance))
     report.proven(before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
 

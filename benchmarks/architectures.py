@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,8 +152,8 @@ MODELS = {
 }
 
 
-def build(folder: str, rank: int, world: int, port: int):
-    """One rank's vLLM model with dummy weights, and its configuration."""
+def build(folder: str, rank: int, world: int, port: int, **more):
+    """One rank's vLLM model with dummy weights, and its configuration. more: arguments of vLLM's engine."""
     import torch
     from vllm import ModelRegistry
     from vllm.config import set_current_vllm_config
@@ -165,7 +165,7 @@ def build(folder: str, rank: int, world: int, port: int):
     lazy = ModelRegistry.models[architecture]
     if hasattr(lazy, "load_model_cls"):  # else vLLM inspects the class in a process of its own, which takes 7 s
         ModelRegistry.register_model(architecture, lazy.load_model_cls())
-    args = EngineArgs(
+    options = dict(
         model=folder,
         skip_tokenizer_init=True,
         load_format="dummy",
@@ -177,6 +177,7 @@ def build(folder: str, rank: int, world: int, port: int):
         kv_cache_memory_bytes=2**24,
         attention_backend="CPU_MLA" if "deepseek" in architecture.lower() else None,  # AMX's has no float32
     )
+    args = EngineArgs(**options | more)
     config = args.create_engine_config()
     config.parallel_config.rank = rank
     with set_current_vllm_config(config):
@@ -326,15 +327,19 @@ def uncovered(layout, parameters: dict) -> dict[str, int]:
     return missed
 
 
-def run_ranks(world: int, folder: Path, names: list[str], timeout_s: float = 300) -> list[dict[str, dict]]:
+def run_ranks(
+    world: int, folder: Path, names: list[str], timeout_s: float = 300, program: Sequence[str] = (__file__, "--rank")
+) -> list[dict[str, dict]]:
     """Examine these models with `world` ranks. Returns per rank {model: what `examine` found}.
 
+    program: that does it, given rank, ranks, port and the models' folders.
     Raises RuntimeError, with the end of its output, if a rank fails.
     """
     for name in names:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(MODELS[name]))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "RLHF_COLOCATE_ROLE": "engine", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks", "RLHF_COLOCATE_ROLE": "engine"}
+    env["HF_HUB_OFFLINE"] = "1"
     env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
     env["VLLM_DIST_IDENT"] = uuid.uuid4().hex  # names the ranks' shared memory
     with socket.socket() as s:
@@ -344,7 +349,7 @@ def run_ranks(world: int, folder: Path, names: list[str], timeout_s: float = 300
     ranks: list[subprocess.Popen] = []
     try:
         for rank in range(world):
-            command = [sys.executable, __file__, "--rank", str(rank), str(world), port, *folders]
+            command = [sys.executable, *program, str(rank), str(world), port, *folders]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             ranks.append(subprocess.Popen(command, env=env, **pipes))
         texts = [r.communicate(timeout=timeout_s)[0] for r in ranks]

@@ -48,8 +48,10 @@ def fingerprint(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def perturb(trainer, *, version: int) -> None:
-    """Change every weight, by seeded noise of 2 % of its root mean square: another for each tensor, shard and version.
+def perturb(trainer, *, version: int, noise: float = 0.02) -> None:
+    """Change every weight by seeded noise, another for each tensor, shard and version.
+
+    noise: by how much of a weight's root mean square.
 
     For the proof of the push, which an optimizer step does not suit: it leaves some weights as they are.
     """
@@ -59,9 +61,9 @@ def perturb(trainer, *, version: int) -> None:
     generator = torch.Generator(trainer.device).manual_seed(trainer.seed * 1_000_003 + version + shard)
     with torch.no_grad(), trainer.changing_weights(version):
         for p in trainer.held.memory.values():
-            scale = 0.02 * p.float().square().mean().sqrt().clamp_min(0.02)
-            noise = torch.empty(p.shape, dtype=torch.float32, device=trainer.device).normal_(generator=generator)
-            p.add_((noise * scale).to(p.dtype))
+            scale = noise * p.float().square().mean().sqrt().clamp_min(0.02)
+            change = torch.empty(p.shape, dtype=torch.float32, device=trainer.device).normal_(generator=generator)
+            p.add_((change * scale).to(p.dtype))
 
 
 def token_logprobs(trainer, sequences: list[list[int]]) -> list[list[float]]:

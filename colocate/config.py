@@ -36,10 +36,15 @@ OWN_ENGINE_ARGS = {
     "logprobs_mode": "--temperature",
     "enable_sleep_mode": "--sleep-level",
     "seed": "--seed",
+    "quantization": "--rollout-quantization",
+    "kv_cache_dtype": "--kv-cache-dtype",
 }
 # Those with which workers have other weights than the push knows.
-UNFIT_ENGINE_ARGS = ("pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "quantization")
-UNFIT_ENGINE_ARGS += ("enable_lora",)
+UNFIT_ENGINE_ARGS = ("pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "enable_lora")
+# The last is for scales of the KV cache that vLLM computes once, by the weights of then.
+UNFIT_ENGINE_ARGS += ("quantization_config", "calculate_kv_scales")
+QUANTIZATIONS = {"none": None, "fp8": "fp8_per_tensor", "fp8_per_channel": "fp8_per_channel"}  # ours: vLLM's
+QUANTIZATIONS |= {"fp8_per_block": "fp8_per_block"}
 DEFAULT_MODEL = "facebook/opt-125m"
 
 
@@ -126,6 +131,15 @@ class Config:
     max_model_len: int = flag(512, "context length, tokens", at_least=1)
     max_num_seqs: int | None = flag(
         None, "sequences at a time in an engine (default: a step's, from 64 to 256)", type=int, at_least=1
+    )
+    rollout_quantization: str = flag(
+        "none",
+        "engines compute in 8 bits, and each push quantizes the trainers' weights as vLLM would: with a scale for each "
+        "weight ('fp8'), each row ('fp8_per_channel') or each 128 x 128 elements ('fp8_per_block'); needs --correction",
+        choices=tuple(QUANTIZATIONS),
+    )
+    kv_cache_dtype: str = flag(
+        "auto", "'fp8': engines keep keys and values in 8 bits, scale 1; needs --correction", choices=("auto", "fp8")
     )
     engine_args: str = flag("{}", "any other arguments of vllm.LLM, as a JSON object")
     enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
@@ -261,8 +275,11 @@ class Config:
         "the proof, after the first step and the last, before a save, and after a loss (0: only then)",
         at_least=0,
     )
-    logprob_tolerance: float = flag(
-        0.08, "largest mean gap between engine and trainer log-probabilities, nats", above=0
+    logprob_tolerance: float | None = flag(
+        None,
+        "largest mean gap between engine and trainer log-probabilities, nats (default: 0.08; with fp8 0.4)",
+        type=float,
+        above=0,
     )
     seed: int = flag(
         0, "seed of the weights' changes, the random weights and the token-id prompts", at_least=0, at_most=2**32 - 1
@@ -328,6 +345,28 @@ class Config:
     def gpus_of_one_node(self) -> int:
         """So many bundles in a row must be on one node: an engine's, and those of shards that it reads."""
         return math.lcm(self.tensor_parallel_size, self.trainers_per_copy)
+
+    @property
+    def engine_quantization(self) -> str | None:
+        """vLLM's name for --rollout-quantization."""
+        return QUANTIZATIONS[self.rollout_quantization]
+
+    @property
+    def in_8_bits(self) -> list[str]:
+        """The flags with which engines compute less exactly than trainers."""
+        given = {"rollout_quantization": self.rollout_quantization, "kv_cache_dtype": self.kv_cache_dtype}
+        return [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if "fp8" in value]
+
+    @property
+    def gap_tolerance(self) -> float:
+        """--logprob-tolerance, or its default. On a CPU, with products in FP8 simulated, the gap of SmolLM2-135M was
+        0.22 nats, and that of random weights of Qwen2.5-0.5B's layers 0.09."""
+        return self.logprob_tolerance or (0.4 if self.in_8_bits else 0.08)
+
+    @property
+    def proof_noise(self) -> float:
+        """By how much of its root mean square the proof changes a weight: by more than 8 bits make of it."""
+        return 0.1 if self.in_8_bits else 0.02
 
     @property
     def num_engines(self) -> int:
@@ -579,5 +618,8 @@ def check_loop(config: Config) -> None:
         f"--prompts-per-step {prompts} with --group-size {config.group_size} gives {sequences} completions, fewer than "
         f"the {config.num_gpus} trainers. Try: --prompts-per-step {config.num_gpus}",
     )
+    flags = " and ".join(config.in_8_bits)
+    message = f"{flags}: the sampler's probabilities are not the trainers', which --correction none takes them for"
+    refuse_unless(not flags or config.correction != "none", f"{message}. Try: --correction token")
     message = "--dtype float16 loses small gradients, which vanish in it. Try: --dtype bfloat16, or --steps 0"
     refuse_unless(config.dtype != "float16", message)

@@ -394,6 +394,21 @@ def check_dtype(config: Config, gpus: list[dict]) -> None:
     refuse_unless(not gpu or config.dtype != "bfloat16", message, MISSING)
 
 
+def check_quantization(config: Config, gpus: list[dict], rehearsal: bool) -> None:
+    """Raise Stop(USAGE) or Stop(MISSING) if engines cannot compute in 8 bits here. --dtype auto is resolved."""
+    flags = " and ".join(config.in_8_bits)
+    if not flags:
+        return
+    message = f"{flags}: vLLM's CPU build has no kernels for it, so it cannot be rehearsed. Leave it out, or take GPUs"
+    refuse_unless(not rehearsal, message)
+    message = f"{flags} is for weights of 16 bits, and the run is to be in float32. Try: --dtype bfloat16"
+    refuse_unless(config.dtype != "float32", message)
+    old = next((gpu for gpu in gpus if gpu["capability"] and gpu["capability"] < 8.9), None)
+    message = f"{flags} needs GPUs that multiply in FP8, of compute capability 8.9 or higher"
+    found = f", and GPU {old['index']} ({old['name']}) has {old['capability']:.1f}" if old else ""
+    refuse_unless(not old, f"{message}{found}. Leave it out", MISSING)
+
+
 def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list[dict]) -> tuple[str, str]:
     """What --dtype auto stands for, and why: (dtype, reason)."""
     if config.resume:
@@ -543,6 +558,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
         check_dtype(config, gpus[: config.num_gpus])
+        check_quantization(config, gpus[: config.num_gpus], rehearsal)
 
         peers = gpus[: config.num_gpus] if own_ray and config.trainer != "replicated" else []
         walls = unreachable(peers) if len(peers) > 1 else set()

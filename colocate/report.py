@@ -278,7 +278,7 @@ class Report:
 
     def step(self, version: int, metrics: dict) -> None:
         """The step of the last rollout is trained. Raises Stop if trainers and sampler do not agree on it."""
-        tolerance = self.config.logprob_tolerance
+        tolerance = self.config.gap_tolerance
         if not metrics["logprob_gap"] <= tolerance:
             gap = f"{metrics['logprob_gap']:.4f} nats from the sampler's, tolerance {tolerance:g}"
             raise Stop(f"logprobs: step {self.rollout['step']}: the trainers' log-probabilities are {gap}")

@@ -264,7 +264,8 @@ def test_flags_that_exclude_each_other():
         ("[1]", "is no JSON object"),
         ('{"blocksize": 32}', "has blocksize, which vLLM does not know. Did you mean block_size?"),
         ('{"dtype": "half"}', "sets dtype, which is this script's. Try: --dtype"),
-        ('{"quantization": "fp8"}', "sets quantization, and no push fits what engines then have. Leave it out"),
+        ('{"quantization": "awq"}', "sets quantization, which is this script's. Try: --rollout-quantization"),
+        ('{"calculate_kv_scales": true}', "sets calculate_kv_scales, and no push fits what engines then have"),
         ('{"hf_overrides": {}}', "sets hf_overrides, which is this script's. Leave it out"),
     ],
 )
