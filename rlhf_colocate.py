@@ -211,13 +211,16 @@ class MyLLM:
             self.version = None
         return rlhf_utils.call_workers(self.llm, method, *args)
 
-    def push(self, method: str, argument, version: int) -> dict:
+    def push(self, version: int, handles: dict[str, dict] | None = None) -> dict:
         """All of a push: {"workers": their replies, "wake_ms", "reset_ms", "wake_kv_ms"}. Then it can generate.
 
-        Raises RuntimeError if the engine is not whole.
+        handles: of all trainers, for a simple push. Raises RuntimeError if the engine is not whole.
         """
         wake_ms = self.wake_up("weights")
-        workers = self.collective_rpc(method, argument)
+        if handles:
+            workers = self.collective_rpc("update_weights_from_ipc_handles", handles)
+        else:
+            workers = self.collective_rpc("push_weights", version)
         wrong = {w["version"] for w in workers} - {version}
         if wrong:  # push_weights has raised then; the simple push has not
             raise RuntimeError(f"the workers read weights of version {sorted(wrong)}, not {version}")
@@ -475,12 +478,9 @@ class Colocation:
                 self.connect()
         with fleet.stage("push"):
             start = time.perf_counter()
-            if config.push == "simple":
-                how = ("update_weights_from_ipc_handles", self.handles())
-            else:
-                how = ("push_weights", self.version)  # one round trip: the workers have the memory mapped
+            handles = self.handles() if config.push == "simple" else None  # else the memory is mapped
             with self.gathering():
-                replies = fleet.ask(self.engines, "push", *how, self.version)
+                replies = fleet.ask(self.engines, "push", self.version, handles)
             wall_ms = 1e3 * (time.perf_counter() - start)
         return self.report.pushed({"version": self.version, "method": config.push}, wall_ms, replies)
 

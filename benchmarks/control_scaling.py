@@ -38,7 +38,7 @@ class Stub:
     def report_device_id(self) -> dict:
         return {"pid": os.getpid(), "gpu": ""}
 
-    def push(self, method: str, version: int, expected: int) -> dict:
+    def push(self, version: int, handles: dict | None = None) -> dict:
         """What MyLLM.push returns, for two workers."""
         return {"workers": [{"version": version, "bytes": 0}] * TP, "wake_ms": 0, "reset_ms": 0, "wake_kv_ms": 0}
 
@@ -87,7 +87,7 @@ def measure(gpus: int) -> dict:
         everyone = [*fleet.actors]
         fleet.note(everyone, fleet.ask(everyone, "report_device_id"))
         started = time.perf_counter() - start
-        call = ("push", "push_weights", 1, 1)
+        call = ("push", 1, None)
         actors = [fleet.actors[name] for name in engines]
         alone = lambda: ray.get([actor.push.remote(*call[1:]) for actor in actors])  # noqa: E731
         bare, asked = milliseconds(alone, lambda: fleet.ask(engines, *call))

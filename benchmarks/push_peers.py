@@ -133,6 +133,16 @@ def finish_weight_update(engine) -> None:
     engine.llm.finish_weight_update()
 
 
+def push_nothing(engine, version: int) -> dict:
+    """The messages of a push, to workers that only reply."""
+    plain = engine.collective_rpc
+    engine.collective_rpc = lambda method, *args: plain("push_peers:reply", *args)
+    try:
+        return engine.push(version)
+    finally:
+        del engine.collective_rpc
+
+
 class PeerLLM(rc.MyLLM):
     def start(self, **engine_args) -> list[dict]:
         import torch
@@ -162,7 +172,7 @@ def noop(worker) -> None:
     pass
 
 
-def push_nothing(worker, version: int) -> dict:
+def reply(worker, version: int) -> dict:
     """What a push replies, without one."""
     return {"version": version, "bytes": 0}
 
@@ -307,5 +317,5 @@ class PeerColocation(rc.Colocation):
     def push_nothing_ms(self) -> float:
         """A push's message to all engines and their workers, and back, without a push: milliseconds."""
         start = time.perf_counter()
-        replies = self.fleet.ask(self.engines, "push", "push_peers:push_nothing", self.version, self.version)
+        replies = self.fleet.ask(self.engines, push_nothing, self.version)
         return 1e3 * (time.perf_counter() - start) - max(reply["reset_ms"] for reply in replies)

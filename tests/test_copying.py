@@ -129,7 +129,7 @@ engine = MyLLM([2, 3], 0.4, 1234)
 names = ("RAY_PER_WORKER_GPUS", "RAY_BUNDLE_INDICES", "ENABLE_V1_MULTIPROCESSING", "DP_MASTER_PORT")
 print(*(os.environ["VLLM_" + name] for name in names))
 engine.llm = LLM()
-reply = engine.push("push_weights", 7, 7)
+reply = engine.push(7)
 print(engine.version, reply["workers"])
 """
 

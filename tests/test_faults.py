@@ -187,7 +187,7 @@ def actor(engine: Engine, version: int | None = 7, asleep: tuple[str, ...] = ())
 
 def test_a_whole_push_is_a_version():
     healthy = actor(Engine(Rank(None), Rank(None)))
-    pushed = healthy.push("push_weights", 8, 8)
+    pushed = healthy.push(8)
     assert [w["version"] for w in pushed["workers"]] == [8, 8] and pushed["reset_ms"] >= 0
     assert healthy.version == 8
 
@@ -203,7 +203,7 @@ def test_a_whole_push_is_a_version():
 def test_an_engine_without_a_whole_push_does_not_generate(without_vllm, engine, says):
     broken = actor(engine)
     with pytest.raises((HandleError, RuntimeError), match=says):
-        broken.push("push_weights", 8, 8)
+        broken.push(8)
     for version in (7, 8):
         with pytest.raises(RuntimeError, match="the engine is at version None"):
             broken.generate([[1, 2]], version, None)
@@ -227,7 +227,7 @@ def test_sleeping_weights_are_not_written_and_a_push_wakes_them():
     asleep = actor(Engine(Rank(None)), asleep=("weights", "kv_cache"))
     with pytest.raises(RuntimeError, match="wake_up"):
         asleep.collective_rpc("push_weights", 8)
-    pushed = asleep.push("push_weights", 8, 8)
+    pushed = asleep.push(8)
     assert asleep.llm.woken == ["weights", "kv_cache"] and not asleep.asleep
     assert all(pushed[name] >= 0 for name in ("wake_ms", "reset_ms", "wake_kv_ms"))
 
@@ -235,7 +235,7 @@ def test_sleeping_weights_are_not_written_and_a_push_wakes_them():
 def test_a_push_that_fails_leaves_the_kv_cache_asleep():
     asleep = actor(Engine(Rank(HandleError("stale"))), asleep=("weights", "kv_cache"))
     with pytest.raises(HandleError):
-        asleep.push("push_weights", 8, 8)
+        asleep.push(8)
     assert asleep.llm.woken == ["weights"] and asleep.asleep == {"kv_cache"}
 
 
@@ -243,10 +243,10 @@ def test_the_prefix_cache_is_reset_once_after_each_rollout(without_vllm):
     """Ahead of the push, while the trainers work; where that did not happen, in the push."""
     engine = actor(Engine(Rank(None)))
     engine.reset_prefix_cache()
-    engine.push("push_weights", 8, 8)
+    engine.push(8)
     assert engine.llm.resets == 1
     engine.generate([[1, 2]], 8, None)
-    engine.push("push_weights", 8, 8)
+    engine.push(8)
     assert engine.llm.resets == 2
 
 

@@ -170,7 +170,7 @@ def go_through_a_step(layout: Shared, sleep_level: int) -> tuple[dict, list, lis
     actions = {
         "generate": lambda: layout.answers(),
         "write": lambda: ask("collective_rpc", "push_weights", layout.version),
-        "push": lambda: ask("push", "push_weights", layout.version, layout.version),
+        "push": lambda: ask("push", layout.version),
         "wake weights": lambda: ask("wake_up", "weights"),
         "wake KV": lambda: ask("wake_up", "kv_cache"),
     }
