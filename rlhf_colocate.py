@@ -166,15 +166,9 @@ class RayTrainingActor:
 
     def save(self, folder: str) -> None:
         """Write a Hugging Face checkpoint, and the optimizer's state beside it: all trainers of a replica together."""
-        from transformers import GenerationConfig
-
-        # Some published ones are invalid, and refuse to be saved; checkpoint.replacing copies the original file.
-        self.model.generation_config = GenerationConfig.from_model_config(self.model.config)
-        # transformers 5.19 lets rank 0 alone write, and the replica that saves may not have it.
-        self.model.should_save_on_this_rank = lambda is_main_process: True
         weights = self.held.gather()
         if weights is not None:  # the others have only helped
-            self.model.save_pretrained(folder, state_dict=weights)
+            checkpoint.write_model(self.model, folder, weights)
         self.learner.save(Path(folder))
 
 

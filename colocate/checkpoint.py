@@ -1,4 +1,7 @@
-"""A checkpoint's folder, which is replaced in one piece: what was there before stays whole until the new one is."""
+"""A checkpoint's folder: the model in it, and how it is replaced in one piece.
+
+What was there before stays whole until the new one is.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,24 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colocate.config import Stop
 from colocate.signals import interrupts_deferred
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_model(model: PreTrainedModel, folder: str, weights: dict) -> None:
+    """Write a model with these weights as transformers does, whatever the rank of this trainer."""
+    from transformers import GenerationConfig
+
+    # Some published ones are invalid, and refuse to be saved; `replacing` copies the original file.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    # transformers 5.19 lets rank 0 alone write, and the replica that saves may not have it.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.save_pretrained(folder, state_dict=weights)
 
 
 @contextlib.contextmanager

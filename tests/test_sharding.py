@@ -14,6 +14,7 @@ import pytest
 from running import ROOT, deadline
 
 from colocate import memory
+from colocate.checkpoint import write_model
 from colocate.config import MISSING, USAGE, Config, Stop, check_layout
 from colocate.sharding import rank_of
 
@@ -242,8 +243,7 @@ def learn(folder: Path, case: str, family: str, size: int, options: dict, start:
             learner.save(folder / case)
             state = held.gather()
             if state is not None:
-                model.should_save_on_this_rank = lambda is_main_process: True
-                model.save_pretrained(folder / case, state_dict=state)
+                write_model(model, str(folder / case), state)
     assert addresses == [w.data_ptr() for w in held.memory.values()], "changed in place"
     # What it computes with what it exports, which then is not what its optimizer has.
     with torch.no_grad():
