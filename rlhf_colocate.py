@@ -86,21 +86,15 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def join(
-        self, rank: int, addresses: list[str], timeout_s: float, share: dict, resume: str | None, options: dict
-    ) -> None:
-        """Meet the other trainers, share the model with them if it is to be sharded, and make the optimizer.
-
-        share: keywords of learner.hold. resume: folder of the checkpoint to go on from. options: keywords of Learner;
-        none without an RLHF step.
-        """
+    def join(self, rank: int, addresses: list[str], timeout_s: float, config: Config, resume: str | None) -> None:
+        """Meet the other trainers, then make shards and optimizer by the flags. resume: a checkpoint to go on from."""
         import torch
 
         import rlhf_utils
         from colocate.learner import Learner, hold, join_group
 
-        join_group(rank, addresses, timeout_s, self.device, sharded=bool(share["shards"]))
-        self.held = hold(self.model, self.device, **share)
+        join_group(rank, addresses, timeout_s, self.device, sharded=config.trainer == "fsdp")
+        self.held = hold(self.model, self.device, **config.hold_options)
         self.words = {rlhf_utils.VERSION: self.version}
         if self.held.round_of:
             self.words[rlhf_utils.ROUND] = torch.tensor(rlhf_utils.NO_ROUND, device=self.device)
@@ -110,13 +104,13 @@ class RayTrainingActor:
         self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported(), self.held.round_of))
         # UUIDs of the GPUs whose workers may map them; none: this one's.
         self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
-        if not options:
+        if not config.steps:
             return
         # YOURS: a class with Learner's step, restore, save, load, str(), `steps` and `metrics`. It changes weights in
         # place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
-        self.learner = Learner(self.model, self.random_weights, held=self.held, **options)
+        self.learner = Learner(self.model, self.random_weights, held=self.held, **config.learner_options)
         if resume:
-            self.learner.load(Path(resume), options["learning_rate"])
+            self.learner.load(Path(resume), config.learning_rate)
 
     @contextlib.contextmanager
     def changing_weights(self, version: int):
@@ -411,17 +405,15 @@ class Colocation:
         """Let them make their process group and their optimizers."""
         from colocate.sharding import rank_of
 
-        shards = self.config.replica_size if self.config.trainer == "fsdp" else 0
-        ranks = [rank_of(i, shards or 1, self.config.tensor_parallel_size) for i in range(len(self.trainers))]
+        config = self.config
+        ranks = [rank_of(i, config.replica_size, config.tensor_parallel_size) for i in range(len(self.trainers))]
         addresses = self.fleet.ask(self.trainers, cluster.free_address)
         by_rank = [address for _, address in sorted(zip(ranks, addresses, strict=True))]
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
-        timeout_s = self.fleet.timeouts.get("train", self.config.timeout) + 60
+        timeout_s = self.fleet.timeouts.get("train", config.timeout) + 60
         resume = str(self.begin_from) if self.begin_from else None
-        share = {"shards": shards, "bucket_bytes": self.config.bucket_bytes, "lora": self.config.lora}
-        rest = {"addresses": by_rank, "timeout_s": timeout_s, "share": share, "resume": resume}
-        rest["options"] = self.config.learner_options
-        self.fleet.ask(self.trainers, "join", each=[(rank,) for rank in ranks], **rest)
+        options = {"addresses": by_rank, "timeout_s": timeout_s, "config": config, "resume": resume}
+        self.fleet.ask(self.trainers, "join", each=[(rank,) for rank in ranks], **options)
 
     def engine_args(self) -> dict:
         """Arguments of vllm.LLM. YOURS: --engine-args '{"block_size": 32}' adds others. What is here has a flag, or the

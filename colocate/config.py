@@ -406,10 +406,14 @@ class Config:
         return {"rank": self.lora_rank, "alpha": self.lora_alpha, "seed": self.seed, "base": base}
 
     @property
+    def hold_options(self) -> dict:
+        """Keywords of colocate.learner.hold. --trainer auto must be resolved."""
+        shards = self.replica_size if self.trainer == "fsdp" else 0
+        return {"shards": shards, "bucket_bytes": self.bucket_bytes, "lora": self.lora}
+
+    @property
     def learner_options(self) -> dict:
-        """Keywords of colocate.learner.Learner; none without an RLHF step."""
-        if not self.steps:
-            return {}
+        """Keywords of colocate.learner.Learner."""
         names = ["learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler", "warmup_steps", "num_iterations"]
         names += ["epsilon", "epsilon_high", "temperature", "kl_coef", "correction", "correction_cap"]
         names += ["micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing", "compile"]
