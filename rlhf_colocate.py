@@ -460,15 +460,12 @@ class Colocation:
         if not self.connected and config.push != "simple":
             with fleet.stage("wake"):
                 fleet.ask(self.engines, "wake_up", "weights")
-            with fleet.stage("connect"):
-                self.connect()
+            self.connect()
         with fleet.stage("push"):
-            start = time.perf_counter()
             handles = self.handles() if config.push == "simple" else None  # else the memory is mapped
             with self.gathering():
                 replies = fleet.ask(self.engines, "push", self.version, handles)
-            wall_ms = 1e3 * (time.perf_counter() - start)
-        return self.report.pushed({"version": self.version, "method": config.push}, wall_ms, replies)
+        return self.report.pushed(self.version, config.push, replies)
 
     def gathering(self) -> contextlib.AbstractContextManager:
         """Around what reads the trainers' weights: with --push gather they send them in rounds meanwhile."""
@@ -484,9 +481,9 @@ class Colocation:
 
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""
-        start = time.perf_counter()
-        workers = self.on_workers("connect_weights", self.handles())
-        self.report.connected(1e3 * (time.perf_counter() - start), workers)
+        with self.fleet.stage("connect"):
+            workers = self.on_workers("connect_weights", self.handles())
+        self.report.connected(workers)
         self.connected = True
 
     def generate(self, prompts: list[list[int]], seed: int | None = None, **sampling) -> list[dict]:

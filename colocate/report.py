@@ -102,6 +102,10 @@ class Report:
             self.step_seconds[name] = self.step_seconds.get(name, 0) + took
             self.spans.append((name, begun, took))
 
+    def _last_ms(self) -> float:
+        """Milliseconds of the stage that has just ended."""
+        return 1e3 * self.spans[-1][2]
+
     def _part_of(self, stage: str, part: str, seconds: float) -> None:
         """So much of a stage was another one's, which went on inside an actor."""
         for times in (self.stages_s, self.step_seconds):
@@ -142,8 +146,10 @@ class Report:
 
     # --- the push and its proof
 
-    def connected(self, wall_ms: float, workers: list[dict]) -> None:
+    def connected(self, workers: list[dict]) -> None:
+        """Right after the stage "connect", with what the workers replied."""
         first = "connect" not in self.data
+        wall_ms = self._last_ms()
         self.data["connect"] = {"wall_ms": wall_ms, "workers": workers}
         copies = sum(w["copies"] for w in workers)
         loaders = sum(len(w["loaders"]) for w in workers)
@@ -155,19 +161,20 @@ class Report:
         if first:
             self("push", text)
 
-    def pushed(self, push: dict, wall_ms: float, replies: list[dict]) -> dict:
-        """Add to {"version", "method"} what the engines replied; wall_ms: from the call to the last one's reply.
+    def pushed(self, version: int, method: str, replies: list[dict]) -> dict:
+        """Right after the stage "push", with what the engines replied.
 
         Returns {"version", "method", "wall_ms", "wake_ms", "wake_kv_ms", "reset_ms", "bytes", "workers"}: wall_ms
         without the waking up, which counts as the stages "wake" and "wake KV"; of that reset_ms are the prefix caches';
         bytes read (simple) or written (recorded), over all workers.
         """
+        push = {"version": version, "method": method}
         slowest = max(replies, key=lambda reply: reply["wake_ms"] + reply["wake_kv_ms"])
         for stage, name in (("wake", "wake_ms"), ("wake KV", "wake_kv_ms")):
             push[name] = slowest[name]
             self._part_of("push", stage, slowest[name] / 1e3)
         workers = [worker for reply in replies for worker in reply["workers"]]
-        push["wall_ms"] = self.push_ms = wall_ms - push["wake_ms"] - push["wake_kv_ms"]
+        push["wall_ms"] = self.push_ms = self._last_ms() - push["wake_ms"] - push["wake_kv_ms"]
         push["reset_ms"] = max(reply["reset_ms"] for reply in replies)
         push |= {"bytes": sum(worker["bytes"] for worker in workers), "workers": workers}
         if len(self.data["pushes"]) < 2:  # the proof's

@@ -103,6 +103,7 @@ def test_the_wakes_of_a_push_are_stages_of_their_own():
     for _ in range(2):
         report.stages_s["push"] = report.stages_s.get("push", 0) + 1.0
         report.step_seconds["push"] = report.step_seconds.get("push", 0) + 1.0
-        push = report.pushed({"version": 1, "method": "recorded"}, 1000.0, [quick, reply])
+        report.spans.append(("push", 0.0, 1.0))
+        push = report.pushed(1, "recorded", [quick, reply])
         assert (push["wall_ms"], push["bytes"], report.push_ms) == (250.0, 6, 250.0)
     assert report.stages_s == report.step_seconds == {"push": 0.5, "wake": 1.0, "wake KV": 0.5}
