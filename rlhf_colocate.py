@@ -289,7 +289,7 @@ def sample_of(output, done) -> dict:
 # ---- 3. The layout --------------------------------------------------------------------------------------------------
 
 
-class Colocation:
+class Colocation(contextlib.AbstractContextManager):
     """One bundle per GPU: on each of them a trainer and a worker of an engine. Leaves nothing behind.
 
     `fleet.ask(names, method, ...)` is `ray.get([actor.method.remote(...) for ...])` with a deadline, and an eye on the
@@ -326,15 +326,10 @@ class Colocation:
             self.trainer_class = trace.traced(self.trainer_class)
             self.engine_class = trace.traced(self.engine_class)
 
-    def __enter__(self) -> Colocation:
-        return self
-
     def __exit__(self, kind, error, traceback) -> None:
         with interrupts_deferred(), self.report.stage("teardown"):
             self.report.failing(error)
             if self.cluster.running():
-                if self.config.trace:
-                    self.report.actor_spans = self.fleet.ask_living([*self.fleet.actors], trace.spans_of)
                 self.fleet.close(self.engines, "shutdown")
                 self.cluster.stop()
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from colocate import trace
 from colocate.config import FAIL, MISSING, STAGES, Lost, Stop, refuse_unless
 from colocate.watch import Watch, join_names
 
@@ -111,9 +112,11 @@ class Fleet:
         self.missing -= names
 
     def close(self, polite: list[str], method: str) -> None:
-        """Let the actors `polite` call `method`, as far as they can; then end all."""
+        """Collect what --trace shows. Let the actors `polite` call `method`, as far as they can; then end all."""
         import ray
 
+        if self.report.config.trace:
+            self.report.actor_spans = self.ask_living([*self.actors], trace.spans_of)
         broken = self._broken()
         self.ask_living(polite, method)
         self.watch.kill(broken)
