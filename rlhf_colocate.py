@@ -642,14 +642,13 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
     with stage("verify"):
-        for name, check in compare_elements(colocation).items():
-            report.check(name, check)
-        report.check("changed", checks.changed(colocation.on_workers("check_weights_changed")))
+        found = compare_elements(colocation)
+        found["changed"] = checks.changed(colocation.on_workers("check_weights_changed"))
         after = every_engine_answers(colocation, task)
         sequences = [s["prompt"] + s["tokens"] for s in after]
         scores = colocation.fleet.ask(colocation.trainers, checks.token_logprobs, sequences)[0]
-        report.check("behaviour", checks.behaviour(before, after, scores, colocation.config.gap_tolerance))
-    report.proven(before, after, task.text)
+        found["behaviour"] = checks.behaviour(before, after, scores, colocation.config.gap_tolerance)
+    report.proven(found, before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
 
 

@@ -189,12 +189,6 @@ class Report:
         alike = f", {replicas} replicas bitwise identical" if replicas > 1 else ""
         self("train", f"{weights} tensors changed by noise{alike}")
 
-    def check(self, name: str, check: dict) -> None:
-        """One check of the proof: {"ok", "checked", "wrong", ...}. If it failed, `proven` raises, after the others."""
-        self.data["verify"][name] = check
-        found = describe(name, check) if check["ok"] else f"FAILED: {summary(check['wrong'])}"
-        self("verify", f"{name}: {found}")
-
     def nodes(self, facts: dict[str, dict], differences: dict[str, list[str]]) -> None:
         """Of each new node of a cluster: what it has, and why it is not used, if it is not."""
         self.data.setdefault("nodes", {}).update(facts)
@@ -207,14 +201,19 @@ class Report:
             for line in lines:
                 self("preflight", f"{node} is not used: {line}")
 
-    def proven(self, before: list[dict], after: list[dict], text: Callable) -> None:
-        """Samples with the old and the new weights, of each prompt one by each engine. text: decodes token ids.
+    def proven(self, checks: dict[str, dict], before: list[dict], after: list[dict], text: Callable) -> None:
+        """checks: {name: {"ok", "checked", "wrong", ...}}. before, after: samples with the old and the new weights, of
+        each prompt one by each engine. text: decodes token ids.
 
         Raises Stop with all checks that have failed.
         """
-        verify = self.data["verify"]
-        if failed := [name for name, check in verify.items() if not check["ok"]]:
-            raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
+        self.data["verify"] |= checks
+        failed = {name: summary(check["wrong"]) for name, check in checks.items() if not check["ok"]}
+        for name, check in checks.items():
+            found = f"FAILED: {failed[name]}" if name in failed else describe(name, check)
+            self("verify", f"{name}: {found}")
+        if failed:
+            raise Stop("; ".join(f"{name}: {wrong}" for name, wrong in failed.items()))
         self.data["first_verified_push_s"] = round(self.elapsed(), 3)
         n = self.config.num_engines
         pairs = list(zip(before[::n], after[::n], strict=True))[:2]
