@@ -306,6 +306,7 @@ class Colocation(contextlib.AbstractContextManager):
         self.report = report
         self.folder = folder  # temporary
         self.fleet = Fleet(report, stage_timeouts(config), config.timeout, cluster.new_watch(config))
+        self.stage = self.fleet.stage  # "with stage(name):" a part of the run that is timed, and has a deadline
         self.cluster = cluster.Cluster(config, folder, model.rehearsal, self.fleet.watch)
         self.trainers = [f"trainer {i}" for i in range(config.num_gpus)]
         n = config.replica_size
@@ -450,17 +451,16 @@ class Colocation(contextlib.AbstractContextManager):
 
         The trainers may change their weights again when this returns. What it returns: see `Report.pushed`.
         """
-        config = self.config
-        fleet = self.fleet
-        if not self.connected and config.push != "simple":
-            with fleet.stage("wake"):
-                fleet.ask(self.engines, "wake_up", "weights")
+        method = self.config.push
+        if not self.connected and method != "simple":
+            with self.stage("wake"):
+                self.fleet.ask(self.engines, "wake_up", "weights")
             self.connect()
-        with fleet.stage("push"):
-            handles = self.handles() if config.push == "simple" else None  # else the memory is mapped
+        with self.stage("push"):
+            handles = self.handles() if method == "simple" else None  # else the memory is mapped
             with self.gathering():
-                replies = fleet.ask(self.engines, "push", self.version, handles)
-        return self.report.pushed(self.version, config.push, replies)
+                replies = self.fleet.ask(self.engines, "push", self.version, handles)
+        return self.report.pushed(self.version, method, replies)
 
     def gathering(self) -> contextlib.AbstractContextManager:
         """Around what reads the trainers' weights: with --push gather they send them in rounds meanwhile."""
@@ -476,7 +476,7 @@ class Colocation(contextlib.AbstractContextManager):
 
     def connect(self) -> None:
         """Let every worker map its trainer's weights and record how vLLM's loaders bring them in."""
-        with self.fleet.stage("connect"):
+        with self.stage("connect"):
             workers = self.on_workers("connect_weights", self.handles())
         self.report.connected(workers)
         self.connected = True
@@ -490,12 +490,13 @@ class Colocation(contextlib.AbstractContextManager):
         groups = self.fleet.ask(self.engines, "generate", each=each, **sampling)
         return [sample for i in range(len(prompts)) for sample in groups[i % n][i // n]]
 
-    def sleep(self, samples: list[dict]) -> Callable[[], list]:
+    def sleep(self, samples: list[dict]) -> Callable[[], list[float]]:
         """Let the engines give up memory for a step with these samples, unless it has room beside them.
 
-        Returns at once, with a function that waits for what their `sleep` returns.
+        Returns at once, with a function that waits for it and returns GiB in use on the fullest GPU, before and after.
         """
-        return self.fleet.begin(self.engines, "sleep", self.sleep_level.choose(samples))
+        wait = self.fleet.begin(self.engines, "sleep", self.sleep_level.choose(samples))
+        return lambda: self.sleep_level.note(wait())
 
     def train(self, samples: list[dict]) -> dict:
         """One optimizer step, the samples shared out to the trainers. Returns its metrics."""
@@ -549,10 +550,10 @@ class Colocation(contextlib.AbstractContextManager):
         An engine has no state: a push brings it all there is. Trainers are replaced together, since their process group
         cannot lose a member: from the state of a replica that is left, else from the last checkpoint.
         """
-        with self.fleet.stage("recover"):
+        with self.stage("recover"):
             gone = self.fleet.find_all_lost(lost)
             self.report.all_lost(gone)
-        with self.fleet.stage("recover"):  # with the stage's whole time again, which the wait above may have used up
+        with self.stage("recover"):  # with the stage's whole time again, which the wait above may have used up
             self.fleet.end(gone)  # first, since any call to the others reports a watched process that has ended
             if gone & {*self.trainers}:
                 more = self.disconnect([e for e in self.engines if e not in gone])
@@ -631,17 +632,16 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
     Raises Stop with all checks that failed. benchmarks/drills.py breaks it in seven ways to show that it does.
     """
     report = colocation.report
-    stage = colocation.fleet.stage
     colocation.push()
-    with stage("rollout"):
+    with colocation.stage("rollout"):
         before = every_engine_answers(colocation, task)
         colocation.on_workers("record_weights")
-    with stage("perturb"):
+    with colocation.stage("perturb"):
         colocation.change_weights(checks.perturb, noise=colocation.config.proof_noise)
         colocation.compare_replicas()
         report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
-    with stage("verify"):
+    with colocation.stage("verify"):
         found = compare_elements(colocation)
         found["changed"] = checks.changed(colocation.on_workers("check_weights_changed"))
         after = every_engine_answers(colocation, task)
@@ -677,33 +677,31 @@ def rlhf_step(colocation: Colocation, task: Task, step: int, compare: bool) -> N
     """
     from colocate.grpo import credit
 
-    config = colocation.config
     report = colocation.report
-    stage = colocation.fleet.stage
-    with stage("rollout"):
+    with colocation.stage("rollout"):
         prompts = task.prompts(step)
         samples = task.rollout(colocation.generate, prompts, seed=task.seed(step))
     wait_for_sleep = colocation.sleep(samples)
-    with stage("reward"):
+    with colocation.stage("reward"):
         task.score(prompts, samples)
-        credit(samples, config)
-    with stage("sleep"):
-        report.sampled(step, samples, task.text, colocation.sleep_level.note(wait_for_sleep()))
-    with stage("train"):
+        credit(samples, colocation.config)
+    with colocation.stage("sleep"):
+        report.sampled(step, samples, task.text, wait_for_sleep())
+    with colocation.stage("train"):
         metrics = colocation.train(samples)
     if compare:
-        with stage("verify"):
+        with colocation.stage("verify"):
             metrics |= colocation.compare_replicas()
     report.step(colocation.version, metrics)  # raises Stop if trainers and sampler do not agree
 
 
 def evaluate(colocation: Colocation, task: Task, step: int) -> None:
     """Answer --eval-prompts greedily, and reward the answers; --save-best keeps the best weights."""
-    with colocation.fleet.stage("eval"):
+    with colocation.stage("eval"):
         samples = task.rollout(colocation.generate, task.held_out, n=1, temperature=0.0)
         task.score(task.held_out, samples)
     if colocation.report.evaluated(step, samples, task.text) and colocation.config.save_best:
-        with colocation.fleet.stage("checkpoint"):
+        with colocation.stage("checkpoint"):
             colocation.save(Path(colocation.config.save_best))
 
 
@@ -711,7 +709,6 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
     """The RLHF loop. A loss sends it back to the first step that the trainers have not done. before: for the report."""
     config = colocation.config
     report = colocation.report
-    stage = colocation.fleet.stage
     first = last = None  # this run's steps, known once the trainers have said how many they have done
     lost = None  # what is to be replaced before the next push
     restarts = 0
@@ -727,16 +724,16 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
                 report.goes_on(done, colocation.version, metrics)
             colocation.push()
             if lost or done in (first, last):  # the first push after a loss or a sleep, and the last
-                with stage("verify"):
+                with colocation.stage("verify"):
                     report.verified(done, compare_elements(colocation))
             lost = None
             if done >= first and config.saves_after(done, last):
-                with stage("checkpoint"):
+                with colocation.stage("checkpoint"):
                     colocation.save(Path(config.checkpoint))
             if config.evaluates_after(done, first, last):
                 evaluate(colocation, task, done)
             if done == last:
-                with stage("rollout"):
+                with colocation.stage("rollout"):
                     after = every_engine_answers(colocation, task)[:: len(colocation.engines)]
                 report.learned(before, after, task.text)
                 return
@@ -749,7 +746,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
             lost = loss
         except TaskError:  # the trainers have done all steps before this one
             if config.checkpoint and done >= first:
-                with stage("checkpoint"):
+                with colocation.stage("checkpoint"):
                     colocation.compare_replicas()
                     colocation.save(Path(config.checkpoint))
             raise
@@ -757,7 +754,7 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
 
 def run(colocation: Colocation, task: Task) -> None:
     """Start, prove the push, learn."""
-    with colocation.fleet.stage("start"):
+    with colocation.stage("start"):
         colocation.start_ray()
         colocation.start([*colocation.trainers, *colocation.engines])
     before = prove_push(colocation, task)

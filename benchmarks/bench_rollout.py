@@ -151,7 +151,7 @@ def main() -> int:
         config, model = preflight(config, report, folder)
         task = Task(config, model, rc.PROMPTS, rc.reward)
         with rc.Colocation(config, model, report, folder) as colocation:
-            with colocation.fleet.stage("start"):
+            with colocation.stage("start"):
                 colocation.start_ray()
                 colocation.start([*colocation.trainers, *colocation.engines])
             rows = bench(colocation, task, args.rounds)

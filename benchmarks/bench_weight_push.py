@@ -175,7 +175,7 @@ def main() -> int:
         shape = write_shape(args.shape, folder / args.shape)
         config, model = preflight(dataclasses.replace(config, model=str(shape)), report, folder)
         with PeerColocation(config, model, report, folder) as colocation:
-            with colocation.fleet.stage("start"):
+            with colocation.stage("start"):
                 colocation.start_ray()
                 colocation.start([*colocation.trainers, *colocation.engines])
             rows = bench(colocation, args.pushes, args.warmup, args.methods)

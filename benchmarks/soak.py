@@ -152,7 +152,7 @@ def main() -> int:
         config, model = preflight(config, report, folder)
         task = Task(config, model, rc.PROMPTS, rc.reward)
         with Sampled(config, model, report, folder) as colocation:
-            with colocation.fleet.stage("start"):
+            with colocation.stage("start"):
                 colocation.start_ray()
                 colocation.start([*colocation.trainers, *colocation.engines])
             done = soak(colocation, task, args.pushes)

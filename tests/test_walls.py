@@ -286,13 +286,13 @@ def recovering(lost: set[str], broken: set[str], trained: bool = True) -> list[s
     colocation.trained = trained
     colocation.sleep_level = SleepLevel("auto", colocation.report)
     colocation.fleet = SimpleNamespace(
-        stage=lambda name: nullcontext(),
         find_all_lost=lambda loss: loss.names,
         ask=ask,
         end=end,
         deadline=lambda: (math.inf, 600, "--timeout "),
         require_alive=lambda what: None,
     )
+    colocation.stage = lambda name: nullcontext()
     colocation.cluster = cluster.Cluster(Config(), Path(), rehearsal=True, watch=Watch())
     colocation.replicas = [["trainer 0"], ["trainer 1"]]
     colocation.save = lambda folder, by: done.append(f"save {', '.join(colocation.replicas[by])}")
