@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from colocate import checkpoint, checks, cluster, memory, trace
-from colocate.config import FAIL, Config, Lost, Stop, stage_timeouts
+from colocate.config import FAIL, Config, Lost, Schedule, Stop, stage_timeouts
 from colocate.fleet import Fleet, require_restart
 from colocate.model_folder import Model, load_model
 from colocate.preflight import check_nodes, check_shared_memory, preflight
@@ -709,43 +709,39 @@ def learn(colocation: Colocation, task: Task, before: list[dict]) -> None:
     """The RLHF loop. A loss sends it back to the first step that the trainers have not done. before: for the report."""
     config = colocation.config
     report = colocation.report
-    first = last = None  # this run's steps, known once the trainers have said how many they have done
+    schedule = None  # this run's steps, known once the trainers have said how many they have done
     lost = None  # what is to be replaced before the next push
-    restarts = 0
-    while True:
-        try:
-            if last is None or lost:  # inside the try: a loss meanwhile is survived, too
-                done, metrics = colocation.recover(lost) if lost else colocation.restore()  # the proof's noise goes
-            if last is None:
-                first = done + 1
-                last = done + config.steps
-                report.loop(done, last)
+    for restarts in itertools.count(1):
+        try:  # all of it: a loss while another is made good is survived, too
+            done, metrics = colocation.recover(lost) if lost else colocation.restore()  # the proof's noise goes
+            if not schedule:
+                schedule = Schedule(config, done + 1, done + config.steps)
+                report.loop(done, schedule.last)
             if lost:
                 report.goes_on(done, colocation.version, metrics)
-            colocation.push()
-            if lost or done in (first, last):  # the first push after a loss or a sleep, and the last
-                with colocation.stage("verify"):
-                    report.verified(done, compare_elements(colocation))
-            lost = None
-            if done >= first and config.saves_after(done, last):
-                with colocation.stage("checkpoint"):
-                    colocation.save(Path(config.checkpoint))
-            if config.evaluates_after(done, first, last):
-                evaluate(colocation, task, done)
-            if done == last:
-                with colocation.stage("rollout"):
-                    after = every_engine_answers(colocation, task)[:: len(colocation.engines)]
-                report.learned(before, after, task.text)
-                return
-            rlhf_step(colocation, task, done + 1, config.compares_after(done + 1, first, last))
-            done += 1
+            for step in range(done, schedule.last + 1):  # each is done, but not pushed yet
+                colocation.push()
+                if lost or schedule.verifies(step):
+                    with colocation.stage("verify"):
+                        report.verified(step, compare_elements(colocation))
+                lost = None
+                if schedule.saves(step):
+                    with colocation.stage("checkpoint"):
+                        colocation.save(Path(config.checkpoint))
+                if schedule.evaluates(step):
+                    evaluate(colocation, task, step)
+                if step < schedule.last:
+                    rlhf_step(colocation, task, step + 1, schedule.compares(step + 1))
+            with colocation.stage("rollout"):
+                after = every_engine_answers(colocation, task)[:: len(colocation.engines)]
+            report.learned(before, after, task.text)
+            return
         except Lost as loss:
             report.lost(loss)
-            restarts += 1
             require_restart(loss, restarts, config.max_restarts)
             lost = loss
         except TaskError:  # the trainers have done all steps before this one
-            if config.checkpoint and done >= first:
+            if config.checkpoint and step >= schedule.first:
                 with colocation.stage("checkpoint"):
                     colocation.compare_replicas()
                     colocation.save(Path(config.checkpoint))

@@ -420,22 +420,6 @@ class Config:
         options = {name: getattr(self, name) for name in names}
         return options | {"offload": self.offload_optimizer, "scheduled_steps": self.scheduled_steps or self.steps}
 
-    def saves_after(self, step: int, last: int) -> bool:
-        """Whether a checkpoint is written after this RLHF step; `last` ends the run."""
-        return bool(self.checkpoint) and (step == last or step % (self.checkpoint_every or last) == 0)
-
-    def evaluates_after(self, step: int, first: int, last: int) -> bool:
-        """Whether --eval-prompts are asked after this RLHF step; `first` and `last` are this run's."""
-        every = bool(self.eval_every) and step % self.eval_every == 0
-        return bool(self.eval_prompts) and (step in (first - 1, last) or every)
-
-    def compares_after(self, step: int, first: int, last: int) -> bool:
-        """Whether the trainers' weights are compared after this RLHF step; `first` and `last` are this run's."""
-        saves_best = bool(self.save_best) and self.evaluates_after(step, first, last)
-        if step in (first, last) or self.saves_after(step, last) or saves_best:
-            return True
-        return self.num_gpus > 1 and bool(self.check_replicas_every) and step % self.check_replicas_every == 0
-
     @staticmethod
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -455,6 +439,37 @@ class Config:
             parser.add_argument(name, type=kind, default=f.default, choices=f.metadata.get("choices"), help=text)
         given = vars(parser.parse_args(argv))
         return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What is done after which RLHF step of a run; `first` and `last` are the run's own."""
+
+    config: Config
+    first: int
+    last: int
+
+    def saves(self, step: int) -> bool:
+        """Whether --checkpoint is written."""
+        every = self.config.checkpoint_every or self.last
+        return bool(self.config.checkpoint) and step >= self.first and (step == self.last or step % every == 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether --eval-prompts are asked."""
+        every = bool(self.config.eval_every) and step % self.config.eval_every == 0
+        return bool(self.config.eval_prompts) and (step in (self.first - 1, self.last) or every)
+
+    def verifies(self, step: int) -> bool:
+        """Whether every element of the engines' weights is compared: of the first push after a sleep, and the last."""
+        return step in (self.first, self.last)
+
+    def compares(self, step: int) -> bool:
+        """Whether the trainers' replicas are compared."""
+        saves_best = bool(self.config.save_best) and self.evaluates(step)
+        if step in (self.first, self.last) or self.saves(step) or saves_best:
+            return True
+        every = self.config.check_replicas_every
+        return self.config.num_gpus > 1 and bool(every) and step % every == 0
 
 
 def check_range(config: Config) -> None:

@@ -304,11 +304,12 @@ def test_flags_that_need_another_one(values, says):
 def test_when_there_is_an_evaluation():
     def steps(first: int = 1, **settings) -> list[int]:
         config = Config(**{"eval_prompts": "held-out.jsonl"} | settings)
-        return [step for step in range(first - 1, 13) if config.evaluates_after(step, first, 12)]
+        return [step for step in range(first - 1, 13) if cc.Schedule(config, first, 12).evaluates(step)]
 
     assert steps() == [0, 12] and steps(eval_every=5) == [0, 5, 10, 12] and steps(first=6, eval_every=5) == [5, 10, 12]
     assert steps(eval_prompts=None) == []
-    assert Config(eval_prompts="x", save_best="best", eval_every=5).compares_after(5, 1, 12), "before a save"
+    config = Config(eval_prompts="x", save_best="best", eval_every=5)
+    assert cc.Schedule(config, 1, 12).compares(5), "before a save"
 
 
 def test_where_the_metrics_go_to_must_be_there(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from colocate import memory
-from colocate.config import Config
+from colocate.config import Config, Schedule
 from colocate.report import Report
 
 GIB = memory.GIB
@@ -84,8 +84,8 @@ def test_an_engine_has_its_whole_step_at_a_time(prompts, group, rehearsal, expec
 
 def test_when_replicas_are_compared():
     def steps(first: int = 0, last: int = 24, **settings) -> list[int]:
-        config = Config(**settings)
-        return [step for step in range(first + 1, last + 1) if config.compares_after(step, first + 1, last)]
+        schedule = Schedule(Config(**settings), first + 1, last)
+        return [step for step in range(first + 1, last + 1) if schedule.compares(step)]
 
     assert steps() == [1, 10, 20, 24]
     assert steps(first=12) == [13, 20, 24]
