@@ -106,8 +106,8 @@ class RayTrainingActor:
         self.readers = self.held.gather_names(rlhf_utils.device_uuid(self.device))
         if not config.steps:
             return
-        # YOURS: a class with Learner's step, restore, save, load, str(), `steps` and `metrics`. It changes weights in
-        # place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
+        # YOURS: a class with Learner's step, restore, save, load, str(), `steps`, `metrics`, `interrupted`. It changes
+        # weights in place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
         self.learner = Learner(self.model, self.random_weights, held=self.held, **config.learner_options)
         if resume:
             self.learner.load(Path(resume), config.learning_rate)
@@ -142,8 +142,8 @@ class RayTrainingActor:
 
     def state(self) -> dict:
         """{"steps": done, "metrics": the last one's, "interrupted": in the middle of another}."""
-        done = {"steps": self.learner.steps, "metrics": self.learner.metrics}
-        return done | {"interrupted": getattr(self.learner, "interrupted", False)}
+        learner = self.learner
+        return {"steps": learner.steps, "metrics": learner.metrics, "interrupted": learner.interrupted}
 
     def get_weight_ipc_handles(self) -> dict[str, dict]:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
