@@ -86,8 +86,8 @@ class RayTrainingActor:
 
         return {"gpu": rlhf_utils.device_uuid(self.device), "pid": os.getpid(), "torch": torch.__version__}
 
-    def join(self, rank: int, addresses: list[str], timeout_s: float, config: Config, resume: str | None) -> None:
-        """Meet the other trainers, then make shards and optimizer by the flags. resume: a checkpoint to go on from."""
+    def join(self, rank: int, addresses: list[str], timeout_s: float, config: Config, checkpoint: Path | None) -> None:
+        """Meet the other trainers, then make shards and optimizer by the flags. checkpoint: to go on from."""
         import torch
 
         import rlhf_utils
@@ -109,8 +109,8 @@ class RayTrainingActor:
         # YOURS: a class with Learner's step, restore, save, load, str(), `steps`, `metrics`, `interrupted`. It changes
         # weights in place, and leaves the same bits in all trainers (docs/copying.md, "Your trainer in this script").
         self.learner = Learner(self.model, self.random_weights, held=self.held, **config.learner_options)
-        if resume:
-            self.learner.load(Path(resume), config.learning_rate)
+        if checkpoint:
+            self.learner.load(checkpoint, config.learning_rate)
 
     @contextlib.contextmanager
     def changing_weights(self, version: int):
@@ -319,7 +319,7 @@ class Colocation(contextlib.AbstractContextManager):
         self.sleep_level = memory.SleepLevel(config.sleep_level, report)
         self.connected = False  # the engines' workers have the trainers' memory mapped
         self.checkpoint = model.source if config.resume else None  # that new trainers start from
-        self.begin_from: Path | None = None  # the same, at a path where all nodes see it
+        self.checkpoint_everywhere: Path | None = None  # the same, at a path where all nodes see it
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
         if config.rollout_quantization != "none":
             self.worker_extension = "colocate.fp8.QuantizingWorkerExtension"
@@ -345,7 +345,7 @@ class Colocation(contextlib.AbstractContextManager):
         trainers = [n for n in self.trainers if n in names]
         engines = [n for n in self.engines if n in names]
         if trainers and self.checkpoint:
-            self.begin_from = self.cluster.everywhere(self.checkpoint)
+            self.checkpoint_everywhere = self.cluster.everywhere(self.checkpoint)
         for name in [*engines, *trainers]:  # all at once: their imports run in parallel
             self.fleet.add(name, self.new_actor(name))
         self.report("place", f"starting {', '.join(names)}: a minute or so")
@@ -387,8 +387,8 @@ class Colocation(contextlib.AbstractContextManager):
             return actor.remote(bundles, config.engine_gpu_share, cluster.free_port())
         options = {"num_cpus": 0, "num_gpus": config.trainer_gpu_share, "runtime_env": cluster.TRAINER_ENV}
         actor = ray.remote(self.trainer_class).options(**options, scheduling_strategy=where)
-        load_format = "auto" if self.begin_from else self.model.load_format
-        model = str(self.begin_from or self.model.folder)
+        load_format = "auto" if self.checkpoint_everywhere else self.model.load_format
+        model = str(self.checkpoint_everywhere or self.model.folder)
         return actor.remote(model, load_format, config.dtype, config.seed, config.trainer == "fsdp")
 
     def bundles_of(self, name: str) -> list[int]:
@@ -407,9 +407,8 @@ class Colocation(contextlib.AbstractContextManager):
         by_rank = [address for _, address in sorted(zip(ranks, addresses, strict=True))]
         # Longer than the driver waits, which can say who is late: the process group ends those that wait for it.
         timeout_s = self.fleet.timeouts.get("train", config.timeout) + 60
-        resume = str(self.begin_from) if self.begin_from else None
-        options = {"addresses": by_rank, "timeout_s": timeout_s, "config": config, "resume": resume}
-        self.fleet.ask(self.trainers, "join", each=[(rank,) for rank in ranks], **options)
+        options = {"timeout_s": timeout_s, "config": config, "checkpoint": self.checkpoint_everywhere}
+        self.fleet.ask(self.trainers, "join", each=[(rank,) for rank in ranks], addresses=by_rank, **options)
 
     def engine_args(self) -> dict:
         """Arguments of vllm.LLM. YOURS: --engine-args '{"block_size": 32}' adds others. What is here has a flag, or the

@@ -184,7 +184,7 @@ group = placement_group([{"GPU": 1}] * 2)
 shares = {"trainer_gpu_share": 0.4, "engine_gpu_share": 0.4}
 config = types.SimpleNamespace(tensor_parallel_size=2, dtype="float32", seed=0, trainer="replicated", **shares)
 model = types.SimpleNamespace(folder="model", load_format="dummy")
-mine = types.SimpleNamespace(config=config, model=model, begin_from=None, engines=["engine 0"])
+mine = types.SimpleNamespace(config=config, model=model, checkpoint_everywhere=None, engines=["engine 0"])
 mine.engine_class = Engine
 mine.trainer_class = Trainer
 mine.bundles_of = lambda name: [0, 1] if name in mine.engines else [int(name[-1])]

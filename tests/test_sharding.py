@@ -319,7 +319,7 @@ def test_trainers_are_given_all_addresses_in_the_order_of_ranks():
     layout.config = Config(trainer="fsdp", shard_size=4, push="gather", steps=0)
     layout.trainers = [f"trainer {i}" for i in range(4)]
     layout.fleet = Trainers()
-    layout.begin_from = None
+    layout.checkpoint_everywhere = None
     layout.join_trainers()
     ranks = [rank for (rank,) in layout.fleet.calls]
     assert ranks == [0, 2, 1, 3]
