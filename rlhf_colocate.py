@@ -132,7 +132,7 @@ class RayTrainingActor:
         """One optimizer step of all trainers, each on its own samples (see colocate/learner.py)."""
         with memory.of_step(self.device) as gpu, self.changing_weights(version):
             self.learner.step(samples, total_tokens)
-        return self.state() | {"gpu": gpu, "way": str(self.learner)}
+        return self.state() | {"gpu": gpu, "choices": str(self.learner)}
 
     def restore(self, *, version: int) -> dict:
         """Set the weights to those that the optimizer has."""
@@ -508,7 +508,7 @@ class Colocation(contextlib.AbstractContextManager):
         wait_for_reset = self.fleet.begin(self.engines, "reset_prefix_cache")
         states = self.change_weights("learn", each=[(samples[i::n], tokens) for i in range(n)])
         wait_for_reset()
-        self.report.trains(states[0]["way"])
+        self.report.trains(states[0]["choices"])
         return states[0]["metrics"] | self.sleep_level.measure(samples, [state["gpu"] for state in states])
 
     def restore(self) -> tuple[int, dict]:

@@ -242,11 +242,11 @@ class Report:
             self.bar += f"{self.data['steps'][-1]['tokens_per_s']:.0f} tokens/s, "
             self.bar += f"{seconds / done * (total - done) / 60:.1f} min left "
 
-    def trains(self, way: str) -> None:
+    def trains(self, choices: str) -> None:
         """How the trainers compute a step: what they chose when they began with the first."""
-        if self.data.get("train") != way:
-            self.data["train"] = way
-            self("train", way)
+        if self.data.get("train") != choices:
+            self.data["train"] = choices
+            self("train", choices)
 
     def sleeps(self, level: int, found: str) -> None:
         """What --sleep-level auto has chosen for a step, and why. Each choice is told once."""
