@@ -92,14 +92,15 @@ class RayTrainingActor:
 
         import rlhf_utils
         from colocate.learner import Learner, hold, join_group
+        from colocate.rounds import NO_ROUND, ROUND
 
         join_group(rank, addresses, timeout_s, self.device, sharded=config.trainer == "fsdp")
         self.held = hold(self.model, self.device, **config.hold_options)
-        self.words = {rlhf_utils.VERSION: self.version}
+        self.control = {rlhf_utils.VERSION: self.version}
         if self.held.round_of:
-            self.words[rlhf_utils.ROUND] = torch.tensor(rlhf_utils.NO_ROUND, device=self.device)
+            self.control[ROUND] = torch.tensor(NO_ROUND, device=self.device)
         if self.device.type == "cpu":
-            rlhf_utils.share_memory([*self.held.blocks(), *self.words.values()])
+            rlhf_utils.share_memory([*self.held.blocks(), *self.control.values()])
         # By the checkpoint's names: views, or pieces of them, no copies.
         self.weights = dict(rlhf_utils.checkpoint_tensors(self.model, self.held.exported(), self.held.round_of))
         # UUIDs of the GPUs whose workers may map them; none: this one's.
@@ -149,14 +150,14 @@ class RayTrainingActor:
         """{this GPU's UUID: handles of all weights}, plain data. The weights stay where they are."""
         import rlhf_utils
 
-        message = rlhf_utils.export_handles([*self.weights.items(), *self.words.items()], self.readers)
+        message = rlhf_utils.export_handles([*self.weights.items(), *self.control.items()], self.readers)
         return {rlhf_utils.device_uuid(self.device): message}
 
     def send_rounds(self) -> None:
         """--push gather: gather the weights through one buffer, while the engines' workers read them."""
-        import rlhf_utils
+        from colocate import rounds
 
-        rlhf_utils.send_rounds(self.words[rlhf_utils.ROUND], self.held.rounds())
+        rounds.send(self.control[rounds.ROUND], self.held.rounds())
 
     def save(self, folder: str) -> None:
         """Write a Hugging Face checkpoint, and the optimizer's state beside it: all trainers of a replica together."""
@@ -298,7 +299,7 @@ class Colocation(contextlib.AbstractContextManager):
 
     trainer_class = RayTrainingActor
     engine_class = MyLLM
-    worker_extension = "rlhf_utils.ColocateWorkerExtension"
+    worker_extension = "colocate.rounds.Extension"  # rlhf_utils.ColocateWorkerExtension, and --push gather
 
     def __init__(self, config: Config, model: Model, report: Report, folder: Path):
         self.config = config
@@ -322,7 +323,7 @@ class Colocation(contextlib.AbstractContextManager):
         self.checkpoint_everywhere: Path | None = None  # the same, at a path where all nodes see it
         self.trained = False  # a step has begun: until then, new trainers start as the first ones did
         if config.rollout_quantization != "none":
-            self.worker_extension = "colocate.fp8.QuantizingWorkerExtension"
+            self.worker_extension = "colocate.fp8.QuantizingExtension"
         if config.trace:
             self.trainer_class = trace.traced(self.trainer_class)
             self.engine_class = trace.traced(self.engine_class)

@@ -39,13 +39,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # The name under which a message carries the trainer's version: int64, shape (), in the trainer's memory. The trainer
 # sets it to -1 before it changes weights, and to a number not used before when it has. Workers read it as they push.
+# It is a control tensor (`is_control`).
 VERSION = "rlhf.version"
-# Likewise, of a trainer that sends its weights in rounds through one buffer (`send_rounds`): int64, shape (4,): the
-# round that the buffer holds, how many the worker has taken, and the processes of trainer and worker.
-ROUND = "rlhf.round"
-NO_ROUND = (-1, 0, 0, 0)
-ROUND_S = 60.0  # how long one side waits for the other
-WORDS = (VERSION, ROUND)
 DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -77,7 +72,7 @@ class Piece:
     full: tuple[int, ...]
     start: tuple[int, ...]
     remote: bool = False  # it lies in another GPU's memory
-    round: int = 0  # the one in which it is there, if the trainer sends its weights in rounds
+    round: int = 0  # the one in which it is there, if the trainer sends its weights in rounds, one after the other
 
     @staticmethod
     def of(weight: torch.Tensor | Piece, round: int = 0) -> Piece:
@@ -98,8 +93,8 @@ def checkpoint_tensors(
 
     Of a parameter that is sharded (a DTensor, as FSDP2 makes them) it gives the Piece that this rank holds, if any.
     memory: {parameter: where its values are, or this rank's part of them}, for those that lie elsewhere than in the
-    model, for instance since it has masters of another dtype. rounds: {parameter: that of `send_rounds` in which they
-    are there}.
+    model, for instance since it has masters of another dtype. rounds: {parameter: the one in which they are there},
+    where a trainer sends its weights in rounds.
     Tied weights come once. transformers 5 renames weights and fuses experts when it loads them; `save_pretrained` takes
     that back, and so does this, with the same function of transformers.
     Raises NotHandled for a weight whose form in the checkpoint cannot be had as a view.
@@ -180,55 +175,6 @@ def export_handles(named_tensors: Iterable[tuple[str, torch.Tensor | Piece]], re
         torch.cuda.synchronize()
     message = {"readers": list(readers), "storages": storages, "weights": weights}
     return message | {"checksum": checksum(message)}
-
-
-def send_rounds(word: torch.Tensor, rounds: Iterable[int]) -> None:
-    """Send weights through one buffer, some of them in each round, to the worker on this GPU, which reads (`arriving`).
-
-    word: exported as ROUND, NO_ROUND at first. rounds: each step fills the buffer, and gives the number of its round.
-    Returns when the worker has taken all. If it has ended, or takes none for ROUND_S, the other rounds are gone through
-    all the same, since the trainers of a replica fill their buffers together; then RuntimeError is raised.
-    """
-    word[:3].copy_(torch.tensor([-1, 0, os.getpid()]))  # the worker may have said already who it is
-    ended = _ended(word[3])
-    taken = True
-    try:
-        for number in rounds:
-            word[0] = number if taken else -1
-            taken = taken and _wait(lambda: int(word[1]) > number, ended)  # noqa: B023
-            word[0] = -1  # before the buffer changes
-    finally:
-        word[:3].copy_(torch.tensor([-1, 0, 0]))  # a worker that still waits takes this trainer for ended
-    if not taken:
-        raise RuntimeError("the worker on this GPU has not taken the weights")
-
-
-def _wait(ready: Callable[[], bool], ended: Callable[[], bool]) -> bool:
-    """Wait until it is ready: False if it is not within ROUND_S, or the other side's process has ended."""
-    end = time.monotonic() + ROUND_S
-    while not ready():
-        if ended() or time.monotonic() > end:
-            return ready()
-        time.sleep(5e-5)
-    return True
-
-
-def _ended(process: torch.Tensor) -> Callable[[], bool]:
-    """A function: whether the process with this number was seen alive, and is not any more. One never seen counts as
-    not ended."""
-
-    def alive() -> bool:
-        return os.path.exists(f"/proc/{int(process)}/exe")  # a zombie has none
-
-    seen = alive()
-
-    def ended() -> bool:
-        nonlocal seen
-        now = alive()
-        seen = seen or now
-        return seen and not now
-
-    return ended
 
 
 def checksum(message: dict) -> str:
@@ -327,10 +273,10 @@ class ColocateWorkerExtension:
         start = time.perf_counter()
         with open_pieces(messages, device_uuid(self.device), self.device) as weights:
             opened = time.perf_counter()
-            names = [name for name in weights if name not in WORDS]
+            names = [name for name in weights if not is_control(name)]
             nbytes = sum(piece.tensor.nbytes for name in names for piece in weights[name])
-            by_loaders = dataclasses.replace(recording, copies=[], loaders=names)
-            plan = CopyPlan(self.get_model(), self.vllm_config, by_loaders, weights)
+            by_loaders = dataclasses.replace(recording, copies=[], loaders=names, unprocessed={})
+            plan = self.new_plan(by_loaders, weights)
             version = int(plan.versions[0])
             self._bring_kept_back()
             plan.push(version)
@@ -359,12 +305,13 @@ class ColocateWorkerExtension:
         with contextlib.ExitStack() as mapping:
             weights = mapping.enter_context(open_pieces(messages, device_uuid(self.device), self.device))
             opened = time.perf_counter()
-            self._plan = plan = self._bind(recording, weights)
+            plan = self.new_plan(recording, weights)
+            self._plan = plan
             self._mapping = mapping.pop_all()
         bound = time.perf_counter()
         return {
             "version": int(plan.versions[0]),
-            "weights": len(weights.keys() - {*WORDS}),
+            "weights": sum(not is_control(name) for name in weights),
             "copies": sum(len(part.local) + len(part.remote) for part in plan.rounds.values()),
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
@@ -391,6 +338,12 @@ class ColocateWorkerExtension:
         if self._plan is not None:
             self._plan = None
             self._mapping.close()
+
+    def new_plan(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
+        """The plan of a push. For weights that come in rounds, subclass both (see `CopyPlan.arriving`)."""
+        if any(name != VERSION and (is_control(name) or held[0].round) for name, held in weights.items()):
+            raise NotHandled("the trainer sends its weights in rounds, and this worker extension takes all at once")
+        return CopyPlan(self.get_model(), self.vllm_config, recording, weights)
 
     def gpu_used_bytes(self) -> int:
         """Of this worker's GPU, by all processes; 0 on CPU."""
@@ -423,10 +376,6 @@ class ColocateWorkerExtension:
             self._recording = (weights, recording)
         self._keep()
         return self._recording[1]
-
-    def _bind(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
-        """The plan for these weights. A subclass may have its own way for some of them."""
-        return CopyPlan(self.get_model(), self.vllm_config, recording, weights)
 
     def _keep(self) -> None:
         """Copy what the engine's sleep would drop and no push brings. Once, before it sleeps for the first time."""
@@ -483,7 +432,7 @@ class CopyPlan:
         with contextlib.closing(self._copy(seen)) as for_loaders:
             if self.recording.loaders:
                 _load_weights(self.model, self.vllm_config, for_loaders, self.recording.reload)
-                seen += [int(word) for word in self.versions]  # the loaders read after the copies' second look
+                seen += [int(version) for version in self.versions]  # the loaders read after the copies' second look
             # Without loaders this loop runs all rounds; with them, those that are left. What still comes, none took.
             for name, _ in for_loaders:
                 raise RuntimeError(f"vLLM's loaders did not take {name}")
@@ -498,14 +447,21 @@ class CopyPlan:
         loaders, and notes the versions.
         """
         loaders = set(self.recording.loaders)
-        with contextlib.closing(arriving(self.weights)) as rounds:
+        with contextlib.closing(self.arriving()) as rounds:
             for number, names in rounds:
                 copies = self.rounds[number]
                 copies.replay()
                 for name in (name for name in names if name in loaders):
-                    weight = whole(self.weights[name])
-                    yield name, weight.clone() if ROUND in self.weights else weight  # loaders may keep it
+                    yield name, self.weight(name)
                 seen += copies.seen.flatten().tolist()  # waits for the copies
+
+    def arriving(self) -> Iterator[tuple[int, list[str]]]:
+        """(round, names of the weights that are there): all at once. Those of a subclass may come in rounds."""
+        yield 0, [name for name in self.weights if not is_control(name)]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One that is there, as vLLM's loaders get it. They may keep it until the push is over."""
+        return whole(self.weights[name])
 
 
 class CopyGraph:
@@ -658,7 +614,7 @@ def _malformed():
 def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict[str, list[Piece]]]:
     """Map what this GPU's worker may read: {weight: the pieces that make it up}, its own GPU's where it has the choice.
 
-    VERSION is among the weights: its pieces are the version words of all trainers that are read. So may ROUND be.
+    Control tensors are among the weights. VERSION's pieces are the versions of all trainers that are read.
     """
     with contextlib.ExitStack() as mapping:
         found: dict[str, dict] = {}  # pieces of each weight, by what only one of them may be
@@ -669,7 +625,7 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
             tensors = mapping.enter_context(open_handles(message, device, gpu))
             for w in message["weights"]:
                 tensor = tensors[w["name"]]
-                piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu, w["round"])
+                piece = Piece(tensor, tuple(w["full"]), tuple(w["start"]), owner != gpu, w.get("round", 0))
                 key = owner if w["name"] == VERSION else (piece.start, tensor.shape)
                 found.setdefault(w["name"], {}).setdefault(key, piece)
         pieces = {name: list(by_key.values()) for name, by_key in found.items()}
@@ -678,35 +634,6 @@ def open_pieces(messages: dict, gpu: str, device: torch.device) -> Iterator[dict
             yield pieces
         finally:
             pieces.clear()
-
-
-def arriving(weights: dict[str, list[Piece]]) -> Iterator[tuple[int, list[str]]]:
-    """(round, names of the weights that are there): of all at once, unless the trainer sends them in rounds.
-
-    Then it must be doing so (`send_rounds`), and they are gone when the loop goes on: what was launched on the current
-    stream by then may still read them. Raises RuntimeError if a round does not come, or was over before it was read.
-    """
-    names = [name for name in weights if name not in WORDS]
-    if ROUND not in weights:
-        yield 0, names
-        return
-    rounds: dict[int, list[str]] = {}
-    for name in names:
-        rounds.setdefault(weights[name][0].round, []).append(name)
-    word = weights[ROUND][0].tensor
-    word[3] = os.getpid()
-    ended = _ended(word[2])
-    try:
-        for number in sorted(rounds):
-            if not _wait(lambda: int(word[0]) == number, ended):  # noqa: B023
-                raise RuntimeError(f"the trainer on this GPU has not sent round {number} of its weights")
-            yield number, rounds[number]
-            if int(word[0]) != number:
-                raise RuntimeError(f"the trainer on this GPU has not waited until round {number} was read")
-            word[1] = number + 1
-    except BaseException:  # the loop was left: the trainer need not wait
-        word[1] = len(rounds)
-        raise
 
 
 def _may_read(gpu: str, owner: str, message: dict) -> bool:
@@ -782,7 +709,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {weight: (its full sh
 
 @_malformed()
 def check_messages(messages: dict, gpu: str) -> Shapes:
-    """The weights in these messages, without WORDS. Raises HandleError, which names the first few offenders.
+    """The weights in these messages, without control tensors. Raises HandleError, which names the first few offenders.
 
     A message must be as it was exported, and every worker must find each element of each weight exactly once, replicas
     aside. Each worker checks that for all of them: so all load, or none does.
@@ -812,9 +739,6 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
         wrong += [f"duplicate: {n} ({sender})" for n, count in counts.items() if count > 1]
         if counts[VERSION] != 1 or shapes[VERSION] != ((), torch.int64):
             wrong.append(f"missing: {VERSION} ({sender}): export it beside the weights, an int64 scalar")
-        in_rounds = any(w["round"] for w in message["weights"])
-        if (in_rounds or ROUND in counts) and (shapes.get(ROUND) != ((4,), torch.int64) or message["readers"]):
-            wrong.append(f"missing: {ROUND} ({sender}): export it beside weights in rounds, int64 (4,), for one reader")
     for reader in [] if wrong else readers:
         readable = [boxes[sender] for sender, message in messages.items() if _may_read(reader, sender, message)]
         for name, (shape, _) in shapes.items():
@@ -829,7 +753,7 @@ def check_messages(messages: dict, gpu: str) -> Shapes:
                 wrong.append(f"missing: {name}{some} ({reader})")
     if wrong:
         raise HandleError(f"the trainers' messages do not fit, nothing was loaded: {_some(wrong, 5)}")
-    return {name: spec for name, spec in shapes.items() if name not in WORDS}
+    return {name: spec for name, spec in shapes.items() if not is_control(name)}
 
 
 def _check_checksum(message: dict) -> None:
@@ -1459,6 +1383,11 @@ def _some(texts: list[str], count: int) -> str:
 
 
 # ---- Both sides -----------------------------------------------------------------------------------------------------
+
+
+def is_control(name: str) -> bool:
+    """Whether this tensor of a message is no weight, but what the trainer tells its workers by, as VERSION is."""
+    return name.startswith("rlhf.")
 
 
 def device_uuid(device: torch.device) -> str:

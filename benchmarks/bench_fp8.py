@@ -89,7 +89,7 @@ def measure(folder: str, quantization: str, lock: str, repeats: int) -> dict:
 
     extension = "rlhf_utils.ColocateWorkerExtension"
     if quantization != "none":
-        extension = "colocate.fp8.QuantizingWorkerExtension"
+        extension = "colocate.fp8.QuantizingExtension"
     llm = vllm.LLM(
         folder,
         skip_tokenizer_init=True,

@@ -16,16 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from rlhf_utils import (
-    ROUND,
-    ColocateWorkerExtension,
-    Copy,
-    CopyPlan,
-    Piece,
-    Recording,
-    _keeps_derived_matrices,
-    cut_tiles,
-)
+from colocate.rounds import ROUND, Extension
+from rlhf_utils import Copy, CopyPlan, Piece, Recording, _keeps_derived_matrices, cut_tiles
 
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_SCALE = 1 / (LARGEST * 512)  # vLLM's, of a row
@@ -35,10 +27,12 @@ GROUP = 16 << 20  # bytes of 16-bit weights that are quantized together: two gro
 Slices = list[tuple[torch.Tensor, torch.Tensor]]  # (part of an engine's weight, what of the trainer's belongs there)
 
 
-class QuantizingWorkerExtension(ColocateWorkerExtension):
+class QuantizingExtension(Extension):
     """For vllm.LLM(quantization="fp8_per_tensor" or "fp8_per_channel", worker_extension_cls=...)."""
 
-    def _bind(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
+    def new_plan(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
+        if ROUND in weights:  # a scale needs all of a layer's weights at once
+            return super().new_plan(recording, weights)
         model = self.get_model()
         layers, recording = find_layers(model, recording, weights)
         return CopyPlan(model, self.vllm_config, recording, weights, quantizers(layers))
@@ -66,8 +60,8 @@ def find_layers(
     model: torch.nn.Module, recording: Recording, weights: dict[str, list[Piece]]
 ) -> tuple[list[Layer], Recording]:
     """The layers that are quantized here, and the recording of what is left."""
-    # A scale needs all of a layer's weights at once. Matrices derived from a layer are made by vLLM's reload alone.
-    if ROUND in weights or any(map(_keeps_derived_matrices, model.modules())):
+    # Matrices derived from a layer are made by vLLM's reload alone.
+    if any(map(_keeps_derived_matrices, model.modules())):
         return [], recording
     layers = []
     copies = [*recording.copies]

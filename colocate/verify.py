@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlhf_utils import WORDS, HandleError, Piece, arriving, device_uuid, digest, open_pieces, whole
+from colocate.rounds import arriving
+from rlhf_utils import HandleError, Piece, device_uuid, digest, is_control, open_pieces, whole
 
 # Integer types of the same width, to compare bits instead of values: NaN equals itself, and -0.0 is not 0.0.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -76,7 +77,7 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
     model: the rank's model (`worker.get_model()`). names: of the weights that the trainer sends.
     tp_rank: as if for another rank (for fault injection).
     """
-    names = set(names) - {*WORDS}
+    names = {name for name in names if not is_control(name)}
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", "")
     spelled = _names_in_checkpoint(model, names)
@@ -363,7 +364,7 @@ def compare(worker, messages: dict, digests: dict) -> dict:
     with open_pieces(messages, gpu, worker.device) as weights:
         layout = expected_layout(worker.get_model(), weights)
         transport, checked, wrong = compare_weights(worker.get_model(), layout, weights, digests)
-        count = len(weights.keys() - {*WORDS})
+        count = sum(not is_control(name) for name in weights)
     return {
         "gpu": gpu,
         "tp_rank": worker.rank,

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rlhf_colocate as rc
-from rlhf_utils import ColocateWorkerExtension
+from colocate import rounds
 
 MOMENTS = {
     "trainer": ("import", "loaded"),
@@ -47,7 +47,7 @@ class Engine(rc.MyLLM):
         return reports
 
 
-class Extension(ColocateWorkerExtension):
+class Extension(rounds.Extension):
     """Of vLLM's workers, which import it before they load the model."""
 
     def report_device_id(self):

@@ -147,9 +147,9 @@ import torch
 import rlhf_utils
 
 weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
-words = {rlhf_utils.VERSION: torch.tensor(3)}
-rlhf_utils.share_memory([*weights.values(), *words.values()])
-trainer = types.SimpleNamespace(device=torch.device("cpu"), weights=weights, readers=[], words=words)
+control = {rlhf_utils.VERSION: torch.tensor(3)}
+rlhf_utils.share_memory([*weights.values(), *control.values()])
+trainer = types.SimpleNamespace(device=torch.device("cpu"), weights=weights, readers=[], control=control)
 ((gpu, message),) = get_weight_ipc_handles(trainer).items()
 with rlhf_utils.open_handles(message, trainer.device) as found:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())

@@ -18,7 +18,9 @@ import torch
 from running import deadline
 
 import rlhf_utils as u
-from rlhf_utils import ROUND, VERSION, HandleError, NotHandled, Piece, Slice
+from colocate import rounds
+from colocate.rounds import NO_ROUND, ROUND
+from rlhf_utils import VERSION, HandleError, NotHandled, Piece, Slice
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"q": (6, 8), "k": (2, 8), "v": (2, 8), "o": (8, 6), "norm": (7,), "scale": ()}
@@ -145,8 +147,8 @@ class Sender:
     def __init__(self):
         self.full = {name: torch.randn(shape) for name, shape in SHAPES.items()}
         self.buffer = torch.zeros(48)
-        self.words = {VERSION: torch.tensor(5), ROUND: torch.tensor(u.NO_ROUND)}
-        u.share_memory([self.buffer, *self.words.values()])
+        self.control = {VERSION: torch.tensor(5), ROUND: torch.tensor(NO_ROUND)}
+        u.share_memory([self.buffer, *self.control.values()])
         self.weights = {}
         for number, names in enumerate(self.ROUNDS):
             parts = self.buffer.split(
@@ -156,7 +158,7 @@ class Sender:
                 self.weights[name] = Piece.of(part.view(self.full[name].shape), number)
 
     def messages(self) -> dict:
-        return {"cpu": u.export_handles([*self.weights.items(), *self.words.items()])}
+        return {"cpu": u.export_handles([*self.weights.items(), *self.control.items()])}
 
     def rounds(self):
         for number, names in enumerate(self.ROUNDS):
@@ -168,12 +170,16 @@ class Sender:
     def change(self) -> None:
         for weight in self.full.values():
             weight.normal_()
-        self.words[VERSION].add_(1)
+        self.control[VERSION].add_(1)
 
     def sending(self) -> threading.Thread:
-        thread = threading.Thread(target=u.send_rounds, args=(self.words[ROUND], self.rounds()))
+        thread = threading.Thread(target=rounds.send, args=(self.control[ROUND], self.rounds()))
         thread.start()
         return thread
+
+
+class WorkerInRounds(rounds.Extension, Worker):
+    """As the script has it."""
 
 
 def halve_scale(model: Model, weights) -> None:
@@ -187,7 +193,7 @@ def halve_scale(model: Model, weights) -> None:
 @pytest.mark.parametrize("computes", [False, True])
 def test_a_push_through_a_buffer_brings_the_weights_in_rounds(computes):
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     if computes:
         worker.model.load_weights = lambda weights: halve_scale(worker.model, weights)
     connected = worker.connect_weights(sender.messages())
@@ -206,7 +212,7 @@ def test_a_push_through_a_buffer_brings_the_weights_in_rounds(computes):
         worker.push_weights(version)
         thread.join(deadline(30))
         assert holds_all()
-        assert sender.words[ROUND].tolist()[:2] == [-1, 0], "ready for the next push"
+        assert sender.control[ROUND].tolist()[:2] == [-1, 0], "ready for the next push"
     sender.change()
     thread = sender.sending()
     assert worker.update_weights_from_ipc_handles(sender.messages())["version"] == 8
@@ -221,15 +227,15 @@ def test_a_push_through_a_buffer_brings_the_weights_in_rounds(computes):
 
 def test_a_version_that_changes_between_rounds_is_refused():
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
 
-    def rounds():
+    def changing():
         for number in sender.rounds():
-            sender.words[VERSION].fill_(6 if number == 1 else 5)
+            sender.control[VERSION].fill_(6 if number == 1 else 5)
             yield number
 
-    thread = threading.Thread(target=u.send_rounds, args=(sender.words[ROUND], rounds()))
+    thread = threading.Thread(target=rounds.send, args=(sender.control[ROUND], changing()))
     thread.start()
     with pytest.raises(HandleError, match="at version 5 then 6, the push is of 5"):
         worker.push_weights(5)
@@ -237,15 +243,15 @@ def test_a_version_that_changes_between_rounds_is_refused():
 
 
 def test_both_sides_of_a_round_wait_no_longer_than_they_should(monkeypatch):
-    monkeypatch.setattr(u, "ROUND_S", 0.2)
+    monkeypatch.setattr(rounds, "ROUND_S", 0.2)
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
     with pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0 of its weights"):
         worker.push_weights(5)
     filled = []
     with pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
-        u.send_rounds(sender.words[ROUND], (filled.append(number) or number for number in sender.rounds()))
+        rounds.send(sender.control[ROUND], (filled.append(number) or number for number in sender.rounds()))
     assert filled == [0, 1, 2, 3], "others may be waiting for it to take part"
     monkeypatch.undo()
     sender.change()
@@ -258,7 +264,7 @@ def test_both_sides_of_a_round_wait_no_longer_than_they_should(monkeypatch):
 @pytest.mark.parametrize("held_up_in", range(4))
 def test_a_worker_that_reads_longer_than_the_trainer_waits_finds_out(monkeypatch, held_up_in):
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
     copies = worker._plan.rounds[held_up_in]
     replay = copies.replay
@@ -268,12 +274,12 @@ def test_a_worker_that_reads_longer_than_the_trainer_waits_finds_out(monkeypatch
         replay()
 
     copies.replay = late
-    monkeypatch.setattr(u, "ROUND_S", 0.2)
+    monkeypatch.setattr(rounds, "ROUND_S", 0.2)
     failed = []
 
     def send() -> None:
         try:
-            u.send_rounds(sender.words[ROUND], sender.rounds())
+            rounds.send(sender.control[ROUND], sender.rounds())
         except RuntimeError as error:
             failed.append(str(error))
 
@@ -287,33 +293,33 @@ def test_a_worker_that_reads_longer_than_the_trainer_waits_finds_out(monkeypatch
 @pytest.mark.parametrize("reaped", [True, False])
 def test_nobody_waits_for_a_process_that_has_ended(reaped):
     sender = Sender()
-    word = sender.words[ROUND]
-    worker = Worker()
+    control = sender.control[ROUND]
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
 
     def ends(place: int) -> subprocess.Popen:
         other = subprocess.Popen(["sleep", "600"])
-        word[place] = other.pid
+        control[place] = other.pid
         threading.Timer(0.5, lambda: other.kill() or (reaped and other.wait())).start()
         return other
 
     start = time.monotonic()
     with ends(3), pytest.raises(RuntimeError, match="the worker on this GPU has not taken the weights"):
-        u.send_rounds(word, sender.rounds())
+        rounds.send(control, sender.rounds())
     with ends(2), pytest.raises(RuntimeError, match="the trainer on this GPU has not sent round 0"):
         worker.push_weights(5)
-    assert time.monotonic() - start < u.ROUND_S
+    assert time.monotonic() - start < rounds.ROUND_S
 
 
 def test_a_trainer_that_fails_in_a_round_holds_no_worker_up():
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
 
     def two_rounds():
-        rounds = sender.rounds()
-        yield next(rounds)
-        yield next(rounds)
+        filling = sender.rounds()
+        yield next(filling)
+        yield next(filling)
         raise ConnectionError("another trainer is gone")
 
     start = time.monotonic()
@@ -321,29 +327,37 @@ def test_a_trainer_that_fails_in_a_round_holds_no_worker_up():
     thread = threading.Thread(target=lambda: replies.append(worker.reply_to_call("push_weights", 5)))
     thread.start()
     with pytest.raises(ConnectionError):
-        u.send_rounds(sender.words[ROUND], two_rounds())
+        rounds.send(sender.control[ROUND], two_rounds())
     thread.join(deadline(30))
-    assert time.monotonic() - start < u.ROUND_S
+    assert time.monotonic() - start < rounds.ROUND_S
     assert "the trainer on this GPU has not sent round 2" in replies[0]["error"]
 
 
 def test_a_worker_that_fails_in_a_round_holds_no_trainer_up():
     sender = Sender()
-    worker = Worker()
+    worker = WorkerInRounds()
     worker.connect_weights(sender.messages())
     worker._plan.rounds[1].local.append((torch.zeros(2), torch.zeros(3)))
     thread = sender.sending()
     assert "RuntimeError" in worker.reply_to_call("push_weights", 5)["kind"]
     thread.join(deadline(30))
-    assert not thread.is_alive() and sender.words[ROUND].tolist()[:2] == [-1, 0]
+    assert not thread.is_alive() and sender.control[ROUND].tolist()[:2] == [-1, 0]
 
 
-def test_weights_in_rounds_without_their_word_are_refused():
+def test_weights_in_rounds_without_their_control_tensor_are_refused():
     sender = Sender()
-    message = u.export_handles([*sender.weights.items(), (VERSION, sender.words[VERSION])])
-    several = u.export_handles([*sender.weights.items(), *sender.words.items()], ["cpu", "GPU-1"])
+    message = u.export_handles([*sender.weights.items(), (VERSION, sender.control[VERSION])])
+    several = u.export_handles([*sender.weights.items(), *sender.control.items()], ["cpu", "GPU-1"])
     for messages in ({"cpu": message}, {"cpu": several}):
         with pytest.raises(HandleError, match=r"missing: rlhf.round \(cpu\): export it beside weights in rounds"):
+            WorkerInRounds().connect_weights(messages)
+
+
+def test_an_engine_without_rounds_refuses_weights_that_come_in_them():
+    sender = Sender()
+    without_control = u.export_handles([*sender.weights.items(), (VERSION, sender.control[VERSION])])
+    for messages in (sender.messages(), {"cpu": without_control}):
+        with pytest.raises(NotHandled, match="the trainer sends its weights in rounds"):
             Worker().connect_weights(messages)
 
 
