@@ -358,8 +358,8 @@ class Colocation(contextlib.AbstractContextManager):
             self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
         self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
-        # A first look at what no push brings. Later checks compare with it.
-        self.fleet.ask(engines, "collective_rpc", "colocate.verify:compare_beside")
+        # What no push brings is kept over a sleep from now on, and later checks compare with how it is now.
+        self.report.kept(self.fleet.ask(engines, "collective_rpc", "colocate.verify:first_look"))
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))

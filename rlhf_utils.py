@@ -241,7 +241,6 @@ class ColocateWorkerExtension:
     """
 
     _plan: CopyPlan | None = None  # set while connected
-    _kept: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # tensors and their copies: see `plain_tensors`
     _recording: tuple[Shapes, Recording] | None = None  # the last recording, and for which weights
 
     def reply_to_call(self, method: str, *args) -> dict:
@@ -257,8 +256,7 @@ class ColocateWorkerExtension:
             return {"error": text, "kind": kind}
 
     def report_device_id(self) -> dict:
-        """Where this worker is. As the first call, before any sleep, it keeps what a sleep would drop (see `_keep`)."""
-        self._keep()
+        """Where this worker is."""
         found = {"gpu": device_uuid(self.device), "tp_rank": self.rank}
         return found | {"pid": os.getpid(), "torch": torch.__version__}
 
@@ -278,7 +276,6 @@ class ColocateWorkerExtension:
             by_loaders = dataclasses.replace(recording, copies=[], loaders=names, unprocessed={})
             plan = self.new_plan(by_loaders, weights)
             version = int(plan.versions[0])
-            self._bring_kept_back()
             plan.push(version)
         return {
             "version": version,
@@ -291,11 +288,10 @@ class ColocateWorkerExtension:
     def connect_weights(self, messages: dict) -> dict:
         """Map this GPU's weights for good, and record what vLLM's loaders do with them, once per trainer and engine.
 
-        It writes no parameter: the first push does. The engine must be awake, and must not have slept before its first
-        call of this or `report_device_id`. An earlier connection ends with the call.
-        Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "kept", "open_ms", "record_ms"}:
-        the trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, the
-        names of the weights that it must take through vLLM's loaders, and of what is kept (see `plain_tensors`).
+        It writes no parameter: the first push does. The engine must be awake. An earlier connection ends with the call.
+        Returns {"version", "weights", "copies", "bytes", "remote_bytes", "loaders", "open_ms", "record_ms"}: the
+        trainer's version, how many copies a push replays, their bytes, those of them that lie on other GPUs, and the
+        names of the weights that it must take through vLLM's loaders.
         Raises HandleError unless the message is exactly the model's weights.
         """
         self.disconnect_weights()
@@ -316,7 +312,6 @@ class ColocateWorkerExtension:
             "bytes": plan.nbytes,
             "remote_bytes": plan.remote_bytes,
             "loaders": plan.recording.loaders,
-            "kept": [*self._kept],
             "open_ms": 1e3 * (opened - recorded),
             "record_ms": 1e3 * (recorded - start + bound - opened),
         }
@@ -329,7 +324,6 @@ class ColocateWorkerExtension:
         if self._plan is None:
             raise RuntimeError("there is no connection to a trainer. Try: connect_weights before push_weights")
         start = time.perf_counter()
-        self._bring_kept_back()
         self._plan.push(version)
         return {"version": version, "bytes": self._plan.nbytes, "copy_ms": 1e3 * (time.perf_counter() - start)}
 
@@ -374,18 +368,7 @@ class ColocateWorkerExtension:
         if self._recording is None or self._recording[0] != weights:
             recording = record_loaders(self.get_model(), self.model_config, weights, parallel.tensor_parallel_size)
             self._recording = (weights, recording)
-        self._keep()
         return self._recording[1]
-
-    def _keep(self) -> None:
-        """Copy what the engine's sleep would drop and no push brings. Once, before it sleeps for the first time."""
-        if self._kept is None:
-            self._kept = {name: (t, t.to("cpu", copy=True)) for name, t in plain_tensors(self.get_model()).items()}
-
-    @torch.inference_mode()
-    def _bring_kept_back(self) -> None:
-        for tensor, copy in self._kept.values():
-            tensor.copy_(copy)
 
 
 # ---- Worker: the push. It is the recorded copies, from the trainer's memory, as one CUDA graph ----------------------
@@ -847,47 +830,6 @@ def _tile_kernel():
     return copy_tiles
 
 
-# ---- Worker: what a sleep drops -------------------------------------------------------------------------------------
-
-
-def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what a sleep of level 2 drops, no push brings, and vLLM does not keep, as it does buffers.
-
-    That is what layers, and vLLM's objects directly in them, hold of the memory in which vLLM loads a model: ALiBi's
-    slopes, for one. A rehearsal has no such memory, and takes all that is no KV cache and no copy for the host.
-    """
-    device = next(model.parameters()).device
-    pools = _weight_pools() if device.type == "cuda" else [(0, math.inf)]
-    known = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    seen = set()
-    found = {}
-    for prefix, module in model.named_modules():
-        holders = {prefix: module}
-        for name, value in vars(module).items():
-            if type(value).__module__.startswith("vllm.") and not isinstance(value, torch.nn.Module):
-                holders[f"{prefix}.{name}"] = value  # its attention's backend, for instance
-        for where, holder in holders.items():
-            for name, value in getattr(holder, "__dict__", {}).items():
-                if not isinstance(value, torch.Tensor) or value.device != device or _storage(value) in known:
-                    continue
-                at = value.data_ptr()
-                same = (at, value.shape, value.stride())  # layers may share it
-                kept = same not in seen and name != "kv_cache" and not name.endswith("_cpu")
-                if kept and value.numel() and any(a <= at < b for a, b in pools):
-                    seen.add(same)
-                    found[f"{where}.{name}"] = value
-    return found
-
-
-def _weight_pools() -> list[tuple[int, float]]:
-    """(start, end) of the memory that vLLM has for weights, if it can sleep.
-    https://github.com/vllm-project/vllm/blob/main/vllm/device_allocator/cumem.py"""
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocations = CuMemAllocator.instance.pointer_to_data if CuMemAllocator.instance else {}
-    return [(at, at + data.handle[1]) for at, data in allocations.items() if data.tag == "weights"]
-
-
 # ---- Worker: what vLLM's loaders do with the weights, recorded without writing a parameter --------------------------
 
 
@@ -1074,14 +1016,15 @@ def _takes_weights_as_loaded(experts: torch.nn.Module) -> bool:
 
 def _tensors_of(modules: Iterable[torch.nn.Module]) -> Callable[[], None]:
     """A function that gives the modules the parameters and buffers back that they have now."""
-    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+    before = [(m, dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
 
     def put_back() -> None:
-        for module, parameters, buffers in before:
+        for module, parameters, buffers, non_persistent in before:
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
+            module._non_persistent_buffers_set = set(non_persistent)
 
     return put_back
 

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -195,6 +196,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
 
     import rlhf_utils as u
     from colocate import verify
+    from colocate.kept import keep
     from colocate.model_folder import make_parameters
 
     u.preload_engine_process()
@@ -240,7 +242,7 @@ def examine(folder: str, rank: int, world: int, port: int) -> dict:
     shapes = {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}
     found = {"architecture": layout.architecture, "padding": layout.padding, "processed": layout.processed}
     found["unknown"] = layout.unknown
-    found["kept"] = sorted(u.plain_tensors(model))
+    found["kept"] = sorted(keep(SimpleNamespace(get_model=lambda: model)))
     found["compared"] = sum(parameters[r.parameter].data[r.dst].numel() for r in layout.regions if r.dst is not None)
     with set_current_vllm_config(config):
         before = digests()

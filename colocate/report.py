@@ -144,6 +144,13 @@ class Report:
         header = ["bundle", "trainer pid", "engine", "TP rank", "worker pid", "GPU", "node"]
         print_table(header[: len(rows[0])], [list(row.values()) for row in rows])
 
+    def kept(self, engines: list[list[list[str]]]) -> None:
+        """What `verify.first_look` has found on the engines' workers. Only the first start's is told."""
+        names = list(dict.fromkeys(name for workers in engines for found in workers for name in found))
+        if names and "kept" not in self.data:
+            self.data["kept"] = names
+            self("place", f"kept over a sleep, since no push brings it: {summary(names)}")
+
     # --- the push and its proof
 
     def connected(self, workers: list[dict]) -> None:
@@ -156,8 +163,6 @@ class Report:
         text = f"connected {len(workers)} workers in {wall_ms:.1f} ms: {copies} copies recorded"
         if loaders:
             text += f", {loaders} weights go through vLLM's loaders at each push"
-        if kept := list(dict.fromkeys(name for w in workers for name in w["kept"])):
-            text += f"; kept on the host, since no push brings them and a sleep may drop them: {summary(kept)}"
         if first:
             self("push", text)
 

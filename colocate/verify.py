@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from colocate.kept import keep
 from colocate.rounds import arriving
 from rlhf_utils import HandleError, Piece, device_uuid, digest, is_control, open_pieces, whole
 
@@ -381,12 +382,12 @@ def compare(worker, messages: dict, digests: dict) -> dict:
 
 
 def beside(worker) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what no push brings, and a sleep can damage: rotary caches, scales, what the extension keeps.
+    """{name: tensor} of what no push brings, and a sleep can damage: rotary caches, scales, what `keep` has found.
 
     Left out are buffers that a checkpoint may have, integers, which layers count with, and scales that vLLM computes.
     """
-    found = {name: tensor for name, (tensor, _) in worker._kept.items()}
     model = worker.get_model()
+    found = {}
     computed = getattr(worker.vllm_config.cache_config, "calculate_kv_scales", False)
     for name, buffer in model.named_buffers():
         prefix, _, leaf = name.rpartition(".")
@@ -394,6 +395,13 @@ def beside(worker) -> dict[str, torch.Tensor]:
         if scale or leaf in model.get_submodule(prefix)._non_persistent_buffers_set:
             found[name] = buffer
     return {name: t for name, t in found.items() if t.is_floating_point() and not t.is_meta}
+
+
+def first_look(worker) -> list[str]:
+    """At an engine's start, before it sleeps: `keep`, whose names it returns. `compare_beside` compares with now."""
+    kept = keep(worker)
+    compare_beside(worker)
+    return kept
 
 
 def compare_beside(worker) -> dict:

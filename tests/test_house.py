@@ -25,6 +25,7 @@ MUST_NOT_KNOW = {
     "watch": {"torch", "ray", "vllm"},
     "grpo": {"ray", "vllm", "colocate.learner"},
     "learner": {"ray", "vllm", "rlhf_utils"},
+    "kept": {"ray", "transformers", "rlhf_utils", "colocate"},
     "rounds": {"ray", "vllm", "transformers", "colocate.fleet"},
     "sharding": {"ray", "vllm", "rlhf_utils", "colocate.learner"},
     "trainer_state": {"ray", "vllm", "rlhf_utils", "colocate.sharding"},

@@ -19,6 +19,7 @@ from running import deadline
 
 import rlhf_utils as u
 from colocate import rounds
+from colocate.kept import keep
 from colocate.rounds import NO_ROUND, ROUND
 from rlhf_utils import VERSION, HandleError, NotHandled, Piece, Slice
 
@@ -118,7 +119,7 @@ def test_a_push_out_of_shards_does_what_one_out_of_a_replica_does(count, dims):
 
 
 @pytest.mark.parametrize("simple", [False, True], ids=["recorded", "simple"])
-def test_a_push_brings_back_what_no_weight_is_and_a_sleep_drops(simple):
+def test_what_no_weight_is_and_a_sleep_drops_is_kept_as_a_buffer(simple):
     shards = Shards(1)
     worker = Worker()
     worker.model.slopes = torch.tensor([0.5, 0.25])  # a plain attribute, as ALiBi's slopes are
@@ -126,17 +127,32 @@ def test_a_push_brings_back_what_no_weight_is_and_a_sleep_drops(simple):
     worker.model.slopes_cpu = torch.ones(2)
     worker.model.none_yet = torch.empty(0)
     worker.model.kv_cache = torch.ones(4)
-    assert worker.connect_weights(shards.messages())["kept"] == [".slopes"]
-    worker.model.slopes.zero_()
-    worker.disconnect_weights()
-    worker.connect_weights(shards.messages())  # after a loss: not anew, since the engine has slept
+    slopes = worker.model.slopes
+    assert keep(worker) == ["slopes"]
+    assert keep(worker) == [], "it has it already"
+    for _ in range(2):  # as vLLM's worker, at a sleep of level 2 and when the weights wake up
+        saved = {name: buffer.cpu().clone() for name, buffer in worker.model.named_buffers()}
+        slopes.zero_()
+        for name, buffer in worker.model.named_buffers():
+            buffer.data.copy_(saved[name])
+        worker.connect_weights(shards.messages())  # after a loss, too
     shards.change()
     if simple:
         worker.update_weights_from_ipc_handles(shards.messages())
     else:
         worker.push_weights(6)
-    assert worker.model.slopes.tolist() == [0.5, 0.25] and worker.holds(shards.full)
+    assert worker.model.slopes is slopes and slopes.tolist() == [0.5, 0.25] and worker.holds(shards.full)
+    assert "_kept_slopes" not in worker.model.state_dict(), "no checkpoint has it"
     worker.disconnect_weights()
+
+
+def test_what_an_object_of_vllm_in_a_layer_holds_is_kept_too():
+    worker = Worker()
+    worker.model.layer = torch.nn.Module()
+    worker.model.layer.impl = type("Impl", (), {"__module__": "vllm.v1.attention"})()
+    worker.model.layer.impl.slopes = torch.tensor([0.5])
+    assert keep(worker) == ["layer.impl.slopes"]
+    assert dict(worker.model.named_buffers())["layer._kept_impl__slopes"] is worker.model.layer.impl.slopes
 
 
 class Sender:
