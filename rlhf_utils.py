@@ -9,8 +9,8 @@ Connected, a worker has its trainer's memory mapped and knows which slices vLLM'
 a connection: open the handles, load through vLLM's loaders, close. The engine is started with
 worker_extension_cls="rlhf_utils.ColocateWorkerExtension".
 
-The first third is what to read: the trainer's side, the call, the extension, the push. The rest is what these stand
-on: opening and checking messages, the recording of vLLM's loaders, digests, the rehearsal without a GPU.
+The first two fifths are what to read: the trainer's side, the call, the extension, the push. The rest is what these
+stand on: opening and checking messages, the recording of vLLM's loaders, digests, the rehearsal without a GPU.
 Copy this file into your trainer as it is: it imports torch and NumPy, and vLLM, transformers, Ray and Triton inside the
 functions that need them.
 """
