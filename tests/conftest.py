@@ -12,7 +12,7 @@ from running import LONG, TINY, Run, deadline, patience, shape
 
 HERE = Path(__file__).resolve().parent
 # Files whose tests start Ray. They come one after the other, since a run takes most of two cores by itself.
-RUNS = ("live", "benchmarks", "copying", "drills", "examples", "loop", "nodes", "own_task", "script", "start")
+RUNS = ("live", "benchmarks", "copying", "drills", "examples", "job", "loop", "nodes", "own_task", "script", "start")
 
 
 @functools.cache
