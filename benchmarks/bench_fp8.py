@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -32,6 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from shapes import SHAPES, write_shape  # noqa: E402
 
 from colocate.config import QUANTIZATIONS  # noqa: E402
+from colocate.preflight import find_gpus, installed  # noqa: E402
+from colocate.report import command_line  # noqa: E402
 
 PROMPTS, LENGTH = 16, 64
 
@@ -270,7 +273,11 @@ model.save_pretrained({str(folder)!r})
                 ratio = by_name[name][f"push_ms_{case}"] / by_name["none"][f"push_ms_{case}"]
                 print(f"{name}: a push ({case}) takes {ratio:.2f} x the 16-bit push's")
     if args.output:
-        args.output.write_text(json.dumps({"shape": args.shape, "rows": rows}, indent=1) + "\n")
+        gpus = find_gpus()
+        report = {"shape": args.shape, "hardware": {"gpus": gpus[:1], "cpu_cores": os.cpu_count()}}
+        report |= {"versions": installed("ray", "torch", "transformers", "vllm")}
+        report |= {"date": f"{datetime.date.today()}", "command": command_line("benchmarks/bench_fp8.py", sys.argv[1:])}
+        args.output.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     wrong = any(r["differs_from_own_loading"] or r["differs_from_reload"] or r["compared"]["wrong"] for r in rows)
     return 1 if wrong or len(rows) < len(args.quantizations) else 0
 

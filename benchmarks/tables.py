@@ -120,6 +120,25 @@ def learned() -> str:
     return table([*header, "reward, last 20 steps"], rows)
 
 
+def fp8() -> str:
+    """A push into quantized engines (bench_fp8.py)."""
+    report = load("fp8-1xh100.json")["fp8-1xh100"]
+    plain = next(r for r in report["rows"] if r["quantization"] == "none")
+    rows = []
+    for r in report["rows"]:
+        graph = ["–", "–"]
+        if "floor_ms" in r:
+            graph = [f"{r[f'graph_ms_{case}'] / r['floor_ms']:.2f} ×" for case in ("same", "other")]
+        push = [f"{r[f'push_ms_{case}']:.2f}" for case in ("same", "other")]
+        times = f"{r['push_ms_same'] / plain['push_ms_same']:.2f} ×"
+        rows.append(
+            [f"`{r['quantization']}`", *push, times, *graph, f"{r['reload_ms']:.0f}", f"{r['gap']['mean']:.3f}"]
+        )
+    header = [f"{report['shape']}, {hardware(report)}", "a push, ms", "scales anew", "of one in 16 bits"]
+    header += ["graph, of the floor", "scales anew", "vLLM's reload, ms", "gap, nats"]
+    return table(header, rows)
+
+
 def startup() -> str:
     rows = []
     for name, r in load("startup-*.json").items():
@@ -547,8 +566,9 @@ def numbers() -> str:
     handover = mean(ours, "handover_s")
     of_trl = mean(their_runs("full", file="1xh100"), "step_s_mean")
     start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
-    drilled = {row["drill"]: row for row in load("drills-2xh100.json")["drills-2xh100"]["rows"]}
-    back = [drilled[d]["recovered_s"] for d in ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push")]
+    drilled = {row["drill"]: row for row in load("drills-1xh100.json")["drills-1xh100"]["rows"]}
+    killed = ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push", "kill-engine")
+    back = [drilled[name]["recovered_s"] for name in killed]
     rows = [
         ["push of Qwen2.5-7B into an engine of TP=2", f"{wall:.1f} ms (vLLM's own IPC transfer: {theirs:.0f} ms)"],
         [
@@ -556,7 +576,7 @@ def numbers() -> str:
             f"{step:.2f} s: {handover:.2f} s (TRL's whole step: {of_trl:.2f} s)",
         ],
         ["from the command to the first verified push, opt-125m", f"{start:.0f} s, nearly all of it imports"],
-        ["an engine's worker killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
+        ["an engine killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
     ]
     return table(["on one or two H100 80GB", ""], rows)
 
