@@ -217,6 +217,10 @@ class NodeWatch(Watch):
 
     def leave(self) -> None:
         """End what is left of the run here."""
+        import psutil
+
+        # They have been told to end. Of one that something else ends sooner, Ray says that it died unexpectedly.
+        psutil.wait_procs([m.process for m in self.members if m.process], timeout=3)
         clean(self.prefix, self.folder, self.all_files())
 
 

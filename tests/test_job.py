@@ -81,6 +81,7 @@ def test_a_job_runs_on_its_cluster_and_its_log_has_the_scripts_lines(submit, tmp
     code, output = submit(*layout, *shape(tmp_path, **TINY), folder=folder)
     assert code == 0 and re.search(r"Job '\w+' succeeded", output), output
     assert re.search(r"^PASS$", output, re.MULTILINE) and re.search(r"\[step\] +1/1 ", output), output
+    assert "unexpected" not in output, "the end of an actor is no error"
     # A private Ray has no nodes to show.
     row = r"^ +bundle .* GPU +node\n +0 +\d+ +0 +0 +\d+ +\S+ +\S+ \(\d+\.\d+\.\d+\.\d+\)$"
     assert re.search(row, output, re.MULTILINE), output
