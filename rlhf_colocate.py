@@ -357,9 +357,10 @@ class Colocation(contextlib.AbstractContextManager):
             self.fleet.note(trainers, reports)  # until then a recovery counts them as lost: they have no state to save
             self.report("train", f"{len(trainers)} trainers hold their weights")
         # vLLM measures free memory and must not see another process allocate: only after the trainers have settled.
-        self.fleet.note(engines, self.fleet.ask(engines, "start", **self.engine_args()))
+        reports = self.fleet.ask(engines, "start", **self.engine_args())
         # What no push brings is kept over a sleep from now on, and later checks compare with how it is now.
         self.report.kept(self.fleet.ask(engines, "collective_rpc", "colocate.verify:first_look"))
+        self.fleet.note(engines, reports)
         reports = self.fleet.reports
         rows = cluster.match_placement([reports[t] for t in self.trainers], [reports[e] for e in self.engines])
         self.report.placement(self.cluster.locate(rows, self.trainers))
@@ -642,13 +643,13 @@ def prove_push(colocation: Colocation, task: Task) -> list[dict]:
         report.replicas_equal(len(colocation.digests), len(colocation.replicas))
     colocation.push()
     with colocation.stage("verify"):
-        found = compare_elements(colocation)
-        found["changed"] = checks.changed(colocation.on_workers("check_weights_changed"))
+        report.checked(compare_elements(colocation))
+        report.checked({"changed": checks.changed(colocation.on_workers("check_weights_changed"))})
         after = every_engine_answers(colocation, task)
         sequences = [s["prompt"] + s["tokens"] for s in after]
         scores = colocation.fleet.ask(colocation.trainers, checks.token_logprobs, sequences)[0]
-        found["behaviour"] = checks.behaviour(before, after, scores, colocation.config.gap_tolerance)
-    report.proven(found, before, after, task.text)
+        report.checked({"behaviour": checks.behaviour(before, after, scores, colocation.config.gap_tolerance)})
+    report.proven(before, after, task.text)
     return before[:: len(colocation.engines)]  # of each prompt one
 
 

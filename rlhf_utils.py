@@ -237,7 +237,8 @@ class ColocateWorkerExtension:
     `messages` is always {gpu_uuid: what its trainer exported} of all trainers. A worker checks all of them, and maps
     those that it may read: its own GPU's, unless they name other readers. Method names must differ from the
     worker's own (vLLM refuses to start otherwise). After one that writes (WRITES) has failed, do not generate before a
-    push succeeded.
+    push succeeded. A sleep of level 2 drops what no push brings, ALiBi's slopes for one, unless colocate/kept.py was
+    asked to keep it, once in each new engine.
     """
 
     _plan: CopyPlan | None = None  # set while connected
@@ -335,8 +336,10 @@ class ColocateWorkerExtension:
 
     def new_plan(self, recording: Recording, weights: dict[str, list[Piece]]) -> CopyPlan:
         """The plan of a push. For weights that come in rounds, subclass both (see `CopyPlan.arriving`)."""
-        if any(name != VERSION and (is_control(name) or held[0].round) for name, held in weights.items()):
-            raise NotHandled("the trainer sends its weights in rounds, and this worker extension takes all at once")
+        rounds = [n for n, held in weights.items() if n != VERSION and (is_control(n) or any(p.round for p in held))]
+        if rounds:
+            found = f"{rounds[0]} belongs to weights that come in rounds, and this worker extension takes all at once"
+            raise HandleError(f'{found}. Try: worker_extension_cls="colocate.rounds.Extension"')
         return CopyPlan(self.get_model(), self.vllm_config, recording, weights)
 
     def gpu_used_bytes(self) -> int:

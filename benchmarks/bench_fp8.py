@@ -140,6 +140,7 @@ def measure(folder: str, quantization: str, lock: str, repeats: int) -> dict:
         return 1e3 * (time.perf_counter() - start)
 
     found: dict = {"quantization": quantization}
+    call("colocate.verify:first_look")
     own = call("bench_fp8:digests")
     connect = call("connect_weights", handles())
     found |= {k: connect[k] for k in ("copies", "bytes", "record_ms")} | {"loaders": len(connect["loaders"])}

@@ -455,11 +455,11 @@ def corrupt(worker, messages: dict, fault: str) -> None:
 
 
 def repair(worker) -> None:
-    """Undo "damage-beside", and forget the first look."""
-    worker.__dict__.pop("_first_beside", None)
+    """Undo "damage-beside", and look anew."""
     if undamaged := worker.__dict__.pop("undamaged", None):
         tensor, before = undamaged
         tensor.copy_(before)
+    verify.first_look(worker)
 
 
 def spoil(trainer, value: float) -> None:

@@ -430,12 +430,13 @@ def mean(rows: list[dict], name: str) -> float | None:
 def trl_steps() -> str:
     """One row for all runs that differ in nothing: means over the runs, the median of medians, the longest step."""
     groups: dict[tuple, list[dict]] = {}
-    for row in trl_rows():
-        groups.setdefault((row["hardware"], *(row[name] for name in WHAT)), []).append(row)
+    for file in trl_files():
+        for row in trl_rows(file):
+            groups.setdefault((file, *(row[name] for name in WHAT)), []).append(row)
     if not groups:
         return f"TRL: {NOT_MEASURED}."
     lines = []
-    for rows in groups.values():
+    for (file, *_), rows in groups.items():
         first = rows[0]
         layout = f"{first['gpus'] // first['tp']} × TP={first['tp']}"
         steps = [mean(rows, "step_s_mean"), statistics.median(row["step_s_p50"] for row in rows)]
@@ -444,7 +445,8 @@ def trl_steps() -> str:
         side = SIDES[f"{first['side']} {first['variant']}"]
         if first["side"] == "trl" and first["micro_batch_size"] != 8:
             side += f", micro-batches of {first['micro_batch_size']}"
-        cells = [first["hardware"].replace(" x NVIDIA ", " × "), f"{first['model']}, {layout}", first["lengths"]]
+        link = f"[{first['hardware'].replace(' x NVIDIA ', ' × ')}](../results/trl-{file}.json)"
+        cells = [link, f"{first['model']}, {layout}", first["lengths"]]
         cells += [side + ("" if first["sleep"] else ", engines awake")]
         cells += [f"{s:.3f}" for s in (*steps, max(row["step_s_max"] for row in rows), *parts)]
         cells += [
@@ -458,17 +460,22 @@ def trl_steps() -> str:
     return table(header, lines)
 
 
+def ratio(own: list[dict], theirs: list[dict], name: str = "step_s_mean") -> float | None:
+    a = mean(own, name)
+    b = mean(theirs, name)
+    return a / b if a and b else None
+
+
+def step_ratio(
+    lengths: str, file: str, name: str = "step_s_mean", model: str = SHAPE, off: bool = False
+) -> float | None:
+    """Ours to the better of TRL's, on one host."""
+    theirs = their_runs(lengths, off=off, model=model, file=file)
+    return ratio(our_runs(lengths, model=model, file=file), theirs, name)
+
+
 def trl_goals() -> str:
     """Ours beside TRL on one GPU: one value for each host that has both sides, or says "not measured"."""
-
-    def ratio(own: list[dict], theirs: list[dict], name: str = "step_s_mean") -> float | None:
-        a = mean(own, name)
-        b = mean(theirs, name)
-        return a / b if a and b else None
-
-    def step(lengths: str, file: str, name: str = "step_s_mean", model: str = SHAPE, off: bool = False) -> float | None:
-        theirs = their_runs(lengths, off=off, model=model, file=file)
-        return ratio(our_runs(lengths, model=model, file=file), theirs, name)
 
     def longest(lengths: str, file: str) -> float | None:
         return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths, file=file)), default=None)
@@ -507,13 +514,13 @@ def trl_goals() -> str:
         lines.append([text, limit, ", ".join(map(unit, values)) or NOT_MEASURED, met])
 
     for lengths, bound in (("uneven", 0.5), ("full", 0.6)):
-        goal(f"step, {lengths} lengths, correction on", bound, times, functools.partial(step, lengths))
+        goal(f"step, {lengths} lengths, correction on", bound, times, functools.partial(step_ratio, lengths))
     for lengths in ("uneven", "full"):
-        goal(f"step, {lengths} lengths, correction off", 0.7, times, functools.partial(step, lengths, off=True))
+        goal(f"step, {lengths} lengths, correction off", 0.7, times, functools.partial(step_ratio, lengths, off=True))
     goal("train, full lengths", 0.4, seconds, lambda file: mean(our_runs("full", file=file), "train_s"))
     for lengths in ("uneven", "full"):
         goal(f"longest step, {lengths} lengths, beside the median", 1.3, times, functools.partial(longest, lengths))
-    goal("hand-over, full lengths", 0.5, times, lambda file: step("full", file, "handover_s"))
+    goal("hand-over, full lengths", 0.5, times, lambda file: step_ratio("full", file, "handover_s"))
     awake = functools.partial(our_runs, "full", sleep=False)
     goal("hand-over, engines awake", 0.02, seconds, lambda file: mean(awake(file=file), "handover_s"))
     goal("peak GPU memory, beside float32 weights", 1.0, times, peak)
@@ -523,7 +530,7 @@ def trl_goals() -> str:
         goal(text, 0.9, times, lambda file, both=both: ratio(*(rows(file) for rows in both), "start_s"))
     for model in ("Qwen2.5-1.5B", "Qwen2.5-3B"):
         for lengths in ("uneven", "full"):
-            measure = functools.partial(step, lengths, model=model)
+            measure = functools.partial(step_ratio, lengths, model=model)
             goal(f"step of {model}, {lengths} lengths, correction on", None, times, measure)
     goal("FLOP of training, of an H100's peak, Qwen2.5-3B", 0.3, percent, flop_share, least=True)
     return table([f"{SHAPE}, 64 × 256 tokens, one GPU: ours beside TRL", "goal", "measured", "met"], lines)
@@ -561,10 +568,12 @@ def numbers() -> str:
     pushed = next(m for (_, shape), m in bench_shapes().items() if shape.startswith("Qwen2.5-7B"))
     wall = pushed["recorded"]["wall_ms_p50"]
     theirs = pushed["vllm"]["wall_ms_p50"]
-    ours = our_runs("full", file="1xh100")
+    # Of the hosts with all of both sides, the one on which TRL is less far behind.
+    file = max(trl_files(), key=lambda file: step_ratio("full", file) or 0)
+    ours = our_runs("full", file=file)
     step = mean(ours, "step_s_mean")
     handover = mean(ours, "handover_s")
-    of_trl = mean(their_runs("full", file="1xh100"), "step_s_mean")
+    of_trl = mean(their_runs("full", file=file), "step_s_mean")
     start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
     drilled = {row["drill"]: row for row in load("drills-1xh100.json")["drills-1xh100"]["rows"]}
     killed = ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push", "kill-engine")
@@ -576,7 +585,7 @@ def numbers() -> str:
             f"{step:.2f} s: {handover:.2f} s (TRL's whole step: {of_trl:.2f} s)",
         ],
         ["from the command to the first verified push, opt-125m", f"{start:.0f} s, nearly all of it imports"],
-        ["an engine killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
+        ["an engine (TP=1) killed, to the next verified push", f"{min(back):.0f} to {max(back):.0f} s"],
     ]
     return table(["on one or two H100 80GB", ""], rows)
 

@@ -206,17 +206,21 @@ class Report:
             for line in lines:
                 self("preflight", f"{node} is not used: {line}")
 
-    def proven(self, checks: dict[str, dict], before: list[dict], after: list[dict], text: Callable) -> None:
-        """checks: {name: {"ok", "checked", "wrong", ...}}. before, after: samples with the old and the new weights, of
-        each prompt one by each engine. text: decodes token ids.
+    def checked(self, checks: dict[str, dict]) -> None:
+        """Some of the proof's checks: {name: {"ok", "checked", "wrong", ...}}. `proven` raises if one has failed."""
+        self.data["verify"] |= checks
+        for name, check in checks.items():
+            found = describe(name, check) if check["ok"] else f"FAILED: {summary(check['wrong'])}"
+            self("verify", f"{name}: {found}")
+
+    def proven(self, before: list[dict], after: list[dict], text: Callable) -> None:
+        """before, after: samples with the old and the new weights, of each prompt one by each engine. text: decodes
+        token ids.
 
         Raises Stop with all checks that have failed.
         """
-        self.data["verify"] |= checks
+        checks = self.data["verify"]
         failed = {name: summary(check["wrong"]) for name, check in checks.items() if not check["ok"]}
-        for name, check in checks.items():
-            found = f"FAILED: {failed[name]}" if name in failed else describe(name, check)
-            self("verify", f"{name}: {found}")
         if failed:
             raise Stop("; ".join(f"{name}: {wrong}" for name, wrong in failed.items()))
         self.data["first_verified_push_s"] = round(self.elapsed(), 3)

@@ -400,14 +400,14 @@ def beside(worker) -> dict[str, torch.Tensor]:
 def first_look(worker) -> list[str]:
     """At an engine's start, before it sleeps: `keep`, whose names it returns. `compare_beside` compares with now."""
     kept = keep(worker)
-    compare_beside(worker)
+    worker._first_beside = {name: digest(tensor) for name, tensor in beside(worker).items()}
     return kept
 
 
 def compare_beside(worker) -> dict:
-    """Whether all of `beside` is as at this worker's first look: {"checked": tensors, "wrong": names}."""
+    """Whether all of `beside` is as at this worker's `first_look`: {"checked": tensors, "wrong": names}."""
     found = {name: digest(tensor) for name, tensor in beside(worker).items()}
-    first = worker.__dict__.setdefault("_first_beside", found)
+    first = worker._first_beside
     return {"checked": len(found), "wrong": [name for name in found if found[name] != first.get(name)]}
 
 

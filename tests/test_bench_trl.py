@@ -302,7 +302,7 @@ def test_each_side_has_a_line(recorded):
     lines = [line.split(" | ") for line in tables.trl_steps().splitlines()[2:]]
     assert len(lines) == 4, "two kinds of lengths of two sides"
     first = lines[0]
-    assert first[0] == "| 1 × H100 80GB HBM3"
+    assert first[0] == "| [1 × H100 80GB HBM3](../results/trl-1xh100.json)"
     assert first[1:7] == ["Qwen2.5-0.5B, 1 × TP=1", "full", "ours", "2.000", "2.000", "4.500"]
     assert first[-1] == "2 × 3 |"
     assert lines[2][3] == "TRL, bf16 weights, correction off"

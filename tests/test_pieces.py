@@ -373,7 +373,7 @@ def test_an_engine_without_rounds_refuses_weights_that_come_in_them():
     sender = Sender()
     without_control = u.export_handles([*sender.weights.items(), (VERSION, sender.control[VERSION])])
     for messages in (sender.messages(), {"cpu": without_control}):
-        with pytest.raises(NotHandled, match="the trainer sends its weights in rounds"):
+        with pytest.raises(HandleError, match="belongs to weights that come in rounds"):
             Worker().connect_weights(messages)
 
 
