@@ -382,10 +382,12 @@ class CopyPlan:
 
     It is valid as long as the weights' mapping and the parameters' addresses are; those survive vLLM's sleep.
 
-    weights: of `open_pieces`, VERSION among them. more: launched beside the copies, see `CopyGraph`.
+    weights: of `open_pieces`, VERSION among them. launches: done beside the copies, see `CopyGraph`.
     """
 
-    def __init__(self, model, vllm_config, recording: Recording, weights: dict[str, list[Piece]], more: Sequence = ()):
+    def __init__(
+        self, model, vllm_config, recording: Recording, weights: dict[str, list[Piece]], launches: Sequence = ()
+    ):
         self.model = model
         self.vllm_config = vllm_config
         self.recording = recording
@@ -398,8 +400,8 @@ class CopyPlan:
             for piece, dst, src in c.bound(targets[c.parameter], weights[c.weight]):
                 copies = self.rounds[piece.round]
                 (copies.remote if piece.remote else copies.local).append((dst, src))
-        if more:
-            self.rounds[0].more += more
+        if launches:
+            self.rounds[0].launches += launches
         self.remote_bytes = sum(copies.remote_bytes for copies in self.rounds.values())
         self.nbytes = sum(copies.nbytes for copies in self.rounds.values())
         if self.versions[0].is_cuda:
@@ -453,15 +455,15 @@ class CopyPlan:
 class CopyGraph:
     """Copies that are done together, with a look at the trainers' versions before and after: on a GPU one CUDA graph.
 
-    local, remote: (target, source), remote ones from another GPU's memory. more: functions that launch something else,
-    and have `nbytes`, that they write. seen: the versions, int64, (2, trainers).
+    local, remote: (target, source), remote ones from another GPU's memory. launches: functions that launch something
+    else, and have `nbytes`, that they write. seen: the versions, int64, (2, trainers).
     """
 
     def __init__(self, versions: list[torch.Tensor]):
         self.versions = versions
         self.local: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.remote: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.more: list[Callable[[], None]] = []
+        self.launches: list[Callable[[], None]] = []
         self.seen = torch.full((2, len(versions)), -1, dtype=torch.int64, device=versions[0].device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.table: torch.Tensor | None = None  # what the graph reads
@@ -472,7 +474,7 @@ class CopyGraph:
 
     @property
     def nbytes(self) -> int:
-        return self.remote_bytes + sum(dst.nbytes for dst, _ in self.local) + sum(run.nbytes for run in self.more)
+        return self.remote_bytes + sum(dst.nbytes for dst, _ in self.local) + sum(run.nbytes for run in self.launches)
 
     def replay(self) -> None:
         if self.graph:
@@ -481,7 +483,7 @@ class CopyGraph:
         self._look(0)
         for dst, src in (*self.local, *self.remote):
             dst.copy_(src)
-        for run in self.more:
+        for run in self.launches:
             run()
         self._look(1)
 
@@ -519,7 +521,7 @@ class CopyGraph:
                 for i, (dst, src) in enumerate(copies):
                     with torch.cuda.stream(lanes[i % len(lanes)]):
                         dst.copy_(src)
-                for i, run in enumerate(self.more):
+                for i, run in enumerate(self.launches):
                     with torch.cuda.stream(lanes[i % len(lanes)]):
                         run()
                 for lane in (*lanes, beside):

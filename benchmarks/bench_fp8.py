@@ -8,7 +8,7 @@ checkpoint's weights must bring back each bit of the first state, scales include
 other weights and a push of the same. Every element is compared with plain torch, too (colocate/verify.py).
 
 Times are milliseconds. `graph`: the recorded push on the GPU alone. "same": the largest element of each weight is what
-it was at the last push, as after most optimizer steps; "other": it is another. `floor`: what the push must read (16
+it was at the last push; "other": it is another. `floor`: what the push must read (16
 bits) and write, at the rate of a plain copy on this GPU. `reload`: the same through vLLM's layerwise reload.
 """
 
@@ -58,7 +58,7 @@ def graph_ms(worker, repeats: int) -> dict:
     target = torch.empty_like(source)
 
     def forget() -> None:
-        for run in copies.more:
+        for run in copies.launches:
             run.state.zero_()
 
     def median(run, before=lambda: None) -> float:

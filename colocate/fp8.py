@@ -42,14 +42,14 @@ class QuantizingExtension(Extension):
 class Layer:
     """weight (out, in) and scale (1,) or, by_row, (out, 1): the engine's. slices: what the weight is quantized from.
 
-    more: what the largest element is looked for in, besides: the other tensor-parallel ranks' part.
+    looked_at: what the largest element is looked for in, besides: the other tensor-parallel ranks' part.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     slices: Slices
     by_row: bool
-    more: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    looked_at: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +106,10 @@ def _layer_of(module: torch.nn.Module, copies: list[Copy], weights: dict[str, li
     if by_row:
         whole_rows = module.input_size == shape[1]
         return Layer(weight, scale, slices, True) if whole_rows or not shared else None
-    more = [piece for name in {c.weight for c in copies} for piece in weights[name]] if shared else []
-    if any(piece.remote or piece.tensor.dim() != 2 or piece.tensor.stride(1) != 1 for piece in more):
+    others = [piece for name in {c.weight for c in copies} for piece in weights[name]] if shared else []
+    if any(piece.remote or piece.tensor.dim() != 2 or piece.tensor.stride(1) != 1 for piece in others):
         return None
-    return Layer(weight, scale, slices, False, [piece.tensor for piece in more])
+    return Layer(weight, scale, slices, False, [piece.tensor for piece in others])
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def _scales_are_shared() -> bool:
 
 
 def quantize(
-    weight: torch.Tensor, by_row: bool, more: Sequence[torch.Tensor] = ()
+    weight: torch.Tensor, by_row: bool, looked_at: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels below must equal, in plain torch: (float8_e4m3fn, float32 scale of shape (1,) or (rows, 1)).
 
@@ -134,7 +134,7 @@ def quantize(
         scale = (values.abs().amax(1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE)
         values = values / scale
     else:
-        scale = torch.stack([part.abs().amax().float() for part in (weight, *more)]).amax().reshape(1) / largest
+        scale = torch.stack([part.abs().amax().float() for part in (weight, *looked_at)]).amax().reshape(1) / largest
         values = values * (1 / scale)
     return values.fmin(largest).fmax(-largest).to(torch.float8_e4m3fn), scale
 
@@ -164,7 +164,7 @@ class PlainQuantizer:
         whole = torch.empty(layer.weight.shape, dtype=layer.slices[0][1].dtype)
         for dst, src in layer.slices:
             whole.as_strided(dst.shape, dst.stride(), dst.storage_offset() - layer.weight.storage_offset()).copy_(src)
-        weight, scale = quantize(whole, layer.by_row, layer.more)
+        weight, scale = quantize(whole, layer.by_row, layer.looked_at)
         layer.weight.copy_(weight)
         layer.scale.view(-1).copy_(scale.view(-1))
 
@@ -218,7 +218,8 @@ def tables(layers: list[Layer]) -> dict[tuple[int, bool], torch.Tensor]:
     """
     found: dict[tuple[int, bool], list[np.ndarray]] = {}
     for number, layer in enumerate(layers):
-        for dst, src in [*layer.slices, *((torch.empty_like(part, device="meta"), part) for part in layer.more)]:
+        looked_at = [(torch.empty_like(part, device="meta"), part) for part in layer.looked_at]
+        for dst, src in [*layer.slices, *looked_at]:
             if not layer.by_row and dst.is_contiguous() and src.is_contiguous():
                 dst, src = dst.view(1, -1), src.view(1, -1)
             rows, width = dst.shape

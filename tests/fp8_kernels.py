@@ -73,7 +73,7 @@ def main() -> int:
                     layer.scale.fill_(7)
             quantizer()
             for layer, source in made:
-                weight, scale = fp8.quantize(source, by_row, layer.more)
+                weight, scale = fp8.quantize(source, by_row, layer.looked_at)
                 differ = int((weight.view(torch.uint8) != layer.weight.view(torch.uint8)).sum())
                 if differ or not torch.equal(scale.view(-1), layer.scale.view(-1)):
                     wrong.append(f"push {push}, {dtype}, by row {by_row}, {tuple(source.shape)}: {differ} elements")
