@@ -107,7 +107,7 @@ def expected_layout(model: torch.nn.Module, names: Iterable[str], tp_rank: int |
             if prefix.rpartition(".")[2] in TRANSPOSED.get(kind, ()) and leaf == "weight":
                 regions = [replace(r, transposed=True, shape=r.shape[::-1]) for r in regions]
             regions = [replace(r, weight=spelled.get(r.weight, r.weight)) for r in regions]
-            if in_blocks and name in quantized:  # torch's compiler makes its arithmetic, which may round in other ways
+            if in_blocks and name in quantized and not _has_plain_blocks(module):
                 regions = [replace(r, dst=None) for r in regions]
             sizes[name] = parameter.numel()
             if all(r.dst is not None for r in regions):
@@ -137,6 +137,15 @@ def _is_quantized(module: torch.nn.Module) -> bool:
     """Whether vLLM has made FP8 of a linear layer's weight, as it loaded it."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dtype == torch.float8_e4m3fn and hasattr(module, "orig_dtype")
+
+
+def _has_plain_blocks(module: torch.nn.Module) -> bool:
+    """Whether its weight is (out, in), maybe padded, with a float32 scale for each BLOCK x BLOCK elements."""
+    shape = (module.output_size_per_partition, module.input_size_per_partition)
+    scale = module.weight_scale_inv
+    blocks = tuple(-(-n // BLOCK) for n in shape)
+    fits = module.weight.dim() == 2 and all(have >= n for have, n in zip(module.weight.shape, shape, strict=True))
+    return fits and scale.dtype == torch.float32 and tuple(scale.shape) == blocks
 
 
 def _as_loaded(module: torch.nn.Module) -> torch.Tensor:
@@ -301,20 +310,31 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 LARGEST = 448.0  # of float8_e4m3fn
+BLOCK = 128
+
+
+def _scales_are_shared() -> bool:
+    """Whether this vLLM takes the largest element over all tensor-parallel ranks: 0.32 does, 0.26 does not."""
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    return hasattr(quant_utils, "amax_for_tp_weight_quant")
 
 
 class Quantized:
     """A layer's weight as it was before vLLM quantized it, put together from the trainer's, and what must come of it.
 
-    A scale is a float32, of a tensor or of each row: the largest element over 448. vLLM takes it over this rank's part
-    of the weight (0.26), or over all ranks' (0.32): the engine's must be one of the two.
+    A scale is a float32, of a tensor or of each row: the largest element over 448.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int):
-        """weight (in, out) and scale: the engine's, maybe padded for its kernel. shape: without that, (out, in)."""
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int, shared: bool):
+        """weight (in, out) and scale: the engine's, maybe padded for its kernel. shape: without that, (out, in).
+
+        shared: the largest element is of all tensor-parallel ranks' parts, not of this one's.
+        """
         self.weight = weight.t()[: shape[0], : shape[1]]
         self.scale = scale[: shape[0]]
         self.missing = regions
+        self.shared = shared
 
     def add(self, region: Region, weight: torch.Tensor) -> None:
         """weight: the whole one of the checkpoint."""
@@ -333,14 +353,16 @@ class Quantized:
 
     def wrong(self) -> int:
         """How many elements of the engine's weight and scale are not what they must be. Forgets the weight."""
-        before, rows, whole = self.__dict__.pop("before"), self.rows, self.whole
+        before = self.__dict__.pop("before")
         by_row = self.scale.dim() == 2
-        own = before.abs().amax(1).float() if by_row else before.abs().amax().float().view(1)
+        if self.shared:
+            most = self.rows if by_row else self.whole
+        else:
+            most = before.abs().amax(1).float() if by_row else before.abs().amax().float().view(1)
         largest = torch.tensor(LARGEST, device=before.device)  # a tensor, since torch multiplies by a number's inverse
-        scales = [elements / largest for elements in (own, rows if by_row else whole)]
+        right = most / largest
         if by_row:
-            scales = [s.clamp_min(1 / (LARGEST * 512)).view(-1, 1) for s in scales]
-        right = scales[1] if torch.equal(scales[1], self.scale) else scales[0]
+            right = right.clamp_min(1 / (LARGEST * 512)).view(-1, 1)
         wrong = differing(right, self.scale)
         step = max(1, 2**24 // before.shape[1])
         for start in range(0, len(before), step):
@@ -349,6 +371,48 @@ class Quantized:
             values = values / right[part] if by_row else values * (1 / right)
             # Not clamp: of all-zero weights, whose scale is 0, vLLM's kernels make 448, since their minimum skips NaN.
             wrong += differing(values.fmin(largest).fmax(-largest).to(self.weight.dtype), self.weight[part])
+        return wrong
+
+
+class QuantizedInBlocks:
+    """The same with a scale for each BLOCK x BLOCK elements, from the block's largest element. Within bounds, not bits:
+    torch's compiler makes vLLM's arithmetic, which may round in other ways, and DeepGEMM rounds scales up to powers of
+    two, and the weight once more.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int):
+        """weight (out, in) and scale: the engine's. shape: the weight's without what its kernel pads."""
+        self.weight = weight[: shape[0], : shape[1]]
+        self.scale = scale
+        self.missing = regions
+
+    def add(self, region: Region, weight: torch.Tensor) -> None:
+        """weight: the whole one of the checkpoint."""
+        if not hasattr(self, "before"):
+            self.before = torch.zeros_like(self.weight, dtype=region.dtype)
+        self.before[region.dst].copy_(region.source(weight))
+        self.missing -= 1
+
+    def numel(self) -> int:
+        return self.weight.numel() + self.scale.numel()
+
+    def wrong(self) -> int:
+        """How many elements of the engine's weight and scale are further off than roundings are. Forgets the weight."""
+        before = self.__dict__.pop("before")
+        rows, columns = before.shape
+        wrong = 0
+        in_powers = bool((self.scale.frexp().mantissa == 0.5).all())
+        for scale, start in zip(self.scale, range(0, rows, BLOCK), strict=True):
+            values = before[start : start + BLOCK].float()
+            most = torch.nn.functional.pad(values.abs().amax(0), (0, -columns % BLOCK)).view(-1, BLOCK).amax(1)
+            right = most.clamp_min(1e-4) / LARGEST
+            if in_powers:
+                right = right.log2().ceil().exp2()
+            wrong += int((~torch.isclose(scale, right, rtol=1e-3, atol=0)).sum())
+            wide = scale.repeat_interleave(BLOCK)[:columns]
+            off = (self.weight[start : start + BLOCK].float() * wide - values).abs()
+            # A rounding is off by a 16th of an element at most, or half of the smallest step, 2**-10. Two may be made.
+            wrong += int((~(off <= values.abs() / 7 + wide / 256)).sum())
         return wrong
 
 
@@ -429,8 +493,12 @@ def compare_weights(
     counts = Counter(region.parameter for of_weight in regions.values() for region in of_weight)
     layers = {}
     for name in layout.quantized.keys() & counts.keys():
-        scale = parameters[f"{name}_scale"]
-        layers[name] = Quantized(parameters[name], scale, layout.quantized[name], counts[name])
+        shape, inverse = layout.quantized[name], parameters.get(f"{name}_scale_inv")
+        if inverse is None:
+            scale = parameters[f"{name}_scale"]
+            layers[name] = Quantized(parameters[name], scale, shape, counts[name], _scales_are_shared())
+        else:
+            layers[name] = QuantizedInBlocks(parameters[name], inverse, shape, counts[name])
         parameters[name] = layers[name].weight
     with contextlib.closing(arriving(weights)) as rounds:
         for name in (name for _, names in rounds for name in names):

@@ -92,7 +92,7 @@ def examine(folder: str, rank: int, world: int, port: int, quantization: str) ->
         quantizing.push(1)
         found["differs"] = [n for n, d in digests().items() if d != loaded[n]]
         parameter = next(p for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn)
-        parameter.data.view(torch.uint8)[3, 5] ^= 1
+        parameter.data.view(torch.uint8)[3, 5] ^= 128
         found["flipped"] = wrong()
     checked = verify.compare_weights(model, layout, pieces, {})[1]
     found |= {"layers": len(layers), "loaders": [len(recording.loaders), len(rest.loaders)], "checked": checked}

@@ -33,7 +33,7 @@ def second_opinion(weight: torch.Tensor, have: torch.Tensor, scale: torch.Tensor
     """Elements that `verify` finds wrong in an engine's layer, which has these (and is padded) for this weight."""
     padded = torch.zeros(have.shape[0] + padding, have.shape[1] + padding, dtype=have.dtype)
     padded[: have.shape[0], : have.shape[1]] = have
-    layer = verify.Quantized(padded.t(), scale, weight.shape, regions=1)
+    layer = verify.Quantized(padded.t(), scale, weight.shape, 1, shared=False)
     layer.add(verify.Region("", (), "", (), tuple(weight.shape), weight.dtype), weight)
     return layer.wrong()
 
@@ -63,9 +63,61 @@ def test_a_scale_over_all_ranks():
     weight[0, 0] = 100
     mine = weight[4:]
     have, scale = fp8.quantize(mine, False, [weight])
-    layer = verify.Quantized(have.t(), scale, mine.shape, regions=1)
-    layer.add(verify.Region("", (slice(0, 4),), "", (slice(4, 8),), (8, 32), weight.dtype), weight)
-    assert layer.wrong() == 0 and scale > fp8.quantize(mine, False)[1]
+    region = verify.Region("", (slice(0, 4),), "", (slice(4, 8),), (8, 32), weight.dtype)
+    own, own_scale = fp8.quantize(mine, False)
+    assert scale > own_scale
+    for made, its_scale, shared in ((have, scale, True), (own, own_scale, False)):
+        for asked in (True, False):
+            layer = verify.Quantized(made.t(), its_scale, mine.shape, 1, asked)
+            layer.add(region, weight)
+            assert (layer.wrong() == 0) == (asked == shared), "a rank's own scale is no other vLLM's"
+
+
+def in_blocks(weight: torch.Tensor, powers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight in FP8, and a scale for each 128 x 128 elements. powers: as DeepGEMM has it, quantized twice."""
+    scale = torch.tensor([[b.abs().amax() for b in row.split(128, 1)] for row in weight.float().split(128)])
+    scale = scale.clamp_min(1e-4) / 448
+
+    def wide() -> torch.Tensor:
+        rows, columns = weight.shape
+        return scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+
+    made = (weight.float() / wide()).to(torch.float8_e4m3fn)
+    if powers:
+        back = made.float() * wide()
+        scale = scale.log2().ceil().exp2()
+        made = (back / wide()).to(torch.float8_e4m3fn)
+    return made, scale
+
+
+@pytest.mark.parametrize("powers", [False, True])
+@pytest.mark.parametrize("shape", [(256, 384), (130, 200), (5, 7)])
+def test_blocks_are_compared_within_bounds(shape, powers):
+    torch.manual_seed(1)
+    whole = (0.02 * torch.randn(2 * shape[0], shape[1])).bfloat16()
+    weight = whole[: shape[0]]
+    if shape[0] > 128:
+        weight[:128, :128] = 0
+    have, scale = in_blocks(weight, powers)
+
+    def wrong(have: torch.Tensor, scale: torch.Tensor, src: slice = slice(0, shape[0])) -> int:
+        padded = torch.nn.functional.pad(have.view(torch.uint8), (0, 3, 0, 2)).view(have.dtype)
+        layer = verify.QuantizedInBlocks(padded, scale, weight.shape, regions=1)
+        layer.add(verify.Region("", (slice(0, shape[0]),), "", (src,), tuple(whole.shape), whole.dtype), whole)
+        assert layer.numel() == have.numel() + scale.numel()
+        return layer.wrong()
+
+    some = have.numel() // 4  # a block of zeros is among the weights
+    assert wrong(have, scale) == 0
+    assert wrong(have, scale, slice(shape[0], None)) > some, "another rank's slice"
+    assert wrong(have.flip(0), scale) > some, "rows in another order"
+    assert wrong(have.roll(1, 1), scale) > some, "columns moved"
+    assert wrong(have, 1.01 * scale) >= scale.numel()
+    assert wrong(have, 2 * scale) > some
+    flipped = have.clone()
+    flipped.view(torch.uint8)[-1, -1] ^= 128
+    assert wrong(flipped, scale) == 1
+    assert wrong(torch.full_like(have.float(), float("nan")).to(have.dtype), scale) == have.numel()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: pip install triton==3.6.0")
@@ -82,6 +134,8 @@ def test_the_kernels_equal_plain_torch():
 MODELS = {"llama-biases": 8, "qwen2-tied": 8, "phi3-fused-checkpoint": 8, "deepseek-v2": 0}
 CASES = [(1, "fp8_per_tensor", MODELS), (1, "fp8_per_channel", MODELS)]
 CASES += [(2, "fp8_per_tensor", MODELS), (2, "fp8_per_channel", {"llama-biases": 4})]
+BLOCKS = {"llama-biases": 0, "qwen2-tied": 0}
+CASES += [(1, "fp8_per_block", BLOCKS), (2, "fp8_per_block", BLOCKS)]
 
 
 @pytest.mark.e2e
