@@ -26,6 +26,17 @@ def itemsize(config: Config) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
+def engine_bytes(config: Config, model_config: dict, parameters: int) -> int:
+    """An engine's weights. With --rollout-quantization all have 8 bits but embeddings and head: an estimate, since it
+    counts neither scales nor what else stays in 16 bits (norms, biases, routers).
+    """
+    if not config.engine_quantization:
+        return parameters * itemsize(config)
+    embeddings = (model_config.get("vocab_size") or 0) * (model_config.get("hidden_size") or 0)
+    wide = min(parameters, embeddings * (1 if model_config.get("tie_word_embeddings") else 2))
+    return parameters + wide * (itemsize(config) - 1)
+
+
 def trained_parameters(config: Config, model_config: dict, parameters: int) -> int:
     """How many numbers the optimizer has: all, or those of adapters, as many as square matrices would need, or more."""
     width = model_config.get("hidden_size")
@@ -84,7 +95,8 @@ def kv_bytes(config: Config, model_config: dict, tokens: int) -> int:
     window = min(model_config.get("sliding_window") or tokens, tokens)
     kinds = model_config.get("layer_types") or ["sliding_attention"] * (model_config.get("num_hidden_layers") or 0)
     kept = {"sliding_attention": window} | dict.fromkeys(WITHOUT_CACHE, 0)  # other kinds keep all
-    return sum(kept.get(kind, tokens) for kind in kinds) * width * itemsize(config)
+    size = 1 if config.kv_cache_dtype == "fp8" else itemsize(config)
+    return sum(kept.get(kind, tokens) for kind in kinds) * width * size
 
 
 def rehearsal_kv_bytes(config: Config, model_config: dict) -> int:
@@ -125,7 +137,7 @@ def check_gpu_memory(config: Config, model_config: dict, parameters: int, gpus: 
     gpus: as preflight.find_gpus returns them; one whose memory is not known passes.
     """
     kept, peak = trainer_bytes(config, parameters, trained_parameters(config, model_config, parameters))
-    weights = parameters * itemsize(config) / config.tensor_parallel_size
+    weights = engine_bytes(config, model_config, parameters) / config.tensor_parallel_size
     for gpu in gpus:
         if not gpu["total"] or not gpu["free"]:
             continue

@@ -550,6 +550,22 @@ def test_the_engines_share_holds_weights_and_one_sequence():
     memory.check_gpu_memory(long, LLAMA_8B | {"sliding_window": 4096}, 8 * GIB, gpu())
 
 
+def test_engines_in_8_bits_take_less():
+    """A model of 2**30 parameters, of which 2**28 are embeddings, and as many the head."""
+    shape = {"vocab_size": 2**16, "hidden_size": 4096}
+    fp8 = Config(rollout_quantization="fp8")
+    assert memory.engine_bytes(Config(), shape, GIB) == 2 * GIB
+    assert memory.engine_bytes(fp8, shape, GIB) == 1.5 * GIB
+    assert memory.engine_bytes(fp8, shape | {"tie_word_embeddings": True}, GIB) == 1.25 * GIB
+    assert memory.engine_bytes(fp8, {}, GIB) == GIB
+    cache = Config(kv_cache_dtype="fp8")
+    assert memory.kv_bytes(cache, LLAMA_8B, 2**20) == 32 * GIB == memory.kv_bytes(Config(), LLAMA_8B, 2**20) / 2
+    tight = {"gpu_memory_utilization": 0.2, "steps": 0}
+    with pytest.raises(Stop, match=r"the weights takes 20\.0"):
+        memory.check_gpu_memory(Config(**tight), {}, 20 * GIB, gpu())
+    memory.check_gpu_memory(Config(**tight, rollout_quantization="fp8"), {}, 20 * GIB, gpu())
+
+
 def test_the_rehearsal_counts_all_trainers_and_engines():
     one = Config(num_gpus=1, tensor_parallel_size=1, dtype="float32")
     memory.check_host_memory(one, {}, 10**8, 8 * GIB)
