@@ -356,11 +356,13 @@ class ColocateWorkerExtension:
     def check_weights_changed(self) -> bool:
         """Whether every parameter of this worker differs from what `record_weights` saw. Raises if it never ran.
 
-        But for single numbers: the largest element of a weight, of which vLLM makes a scale, may well stay as it is.
+        But for the scale of a whole weight: the largest element, of which vLLM makes it, may well stay as it is.
         """
         if not hasattr(self, "_recorded"):
             raise RuntimeError("there is no record of the old weights. Try: record_weights before the push")
-        return all(digest(p) != self._recorded[n] for n, p in self.get_model().named_parameters() if p.numel() > 1)
+        parameters = self.get_model().named_parameters()
+        must = {n: p for n, p in parameters if p.numel() > 1 or not n.endswith(("scale", "scale_inv"))}
+        return all(digest(p) != self._recorded[n] for n, p in must.items())
 
     def _record(self, messages: dict) -> Recording:
         """What vLLM's loaders do with these weights. Raises HandleError unless all messages hold just the model's."""

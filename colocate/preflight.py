@@ -394,7 +394,10 @@ def check_dtype(config: Config, gpus: list[dict]) -> None:
     refuse_unless(not gpu or config.dtype != "bfloat16", message, MISSING)
 
 
-def check_quantization(config: Config, gpus: list[dict], rehearsal: bool) -> None:
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a model's config
+
+
+def check_quantization(config: Config, gpus: list[dict], rehearsal: bool, model_config: dict) -> None:
     """Raise Stop(USAGE) or Stop(MISSING) if engines cannot compute in 8 bits here. --dtype auto is resolved."""
     flags = " and ".join(config.in_8_bits)
     if not flags:
@@ -404,9 +407,11 @@ def check_quantization(config: Config, gpus: list[dict], rehearsal: bool) -> Non
     message = f"{flags} is for weights of 16 bits, and the run is to be in float32. Try: --dtype bfloat16"
     refuse_unless(config.dtype != "float32", message)
     old = next((gpu for gpu in gpus if gpu["capability"] and gpu["capability"] < 8.9), None)
-    message = f"{flags} needs GPUs that multiply in FP8, of compute capability 8.9 or higher"
+    message = f"{flags} needs GPUs that have FP8, of compute capability 8.9 or higher"
     found = f", and GPU {old['index']} ({old['name']}) has {old['capability']:.1f}" if old else ""
     refuse_unless(not old, f"{message}{found}. Leave it out", MISSING)
+    message = f"--rollout-quantization {config.rollout_quantization} is not for models with experts. Leave it out"
+    refuse_unless(not config.engine_quantization or not any(map(model_config.get, EXPERTS)), message)
 
 
 def choose_dtype(config: Config, rehearsal: bool, model_config: dict, gpus: list[dict]) -> tuple[str, str]:
@@ -558,7 +563,7 @@ def preflight(config: Config, report: Report, scratch: Path) -> tuple[Config, Mo
             config = dataclasses.replace(config, dtype=dtype)
             notes.append(f"--dtype auto: {dtype}, {why}")
         check_dtype(config, gpus[: config.num_gpus])
-        check_quantization(config, gpus[: config.num_gpus], rehearsal)
+        check_quantization(config, gpus[: config.num_gpus], rehearsal, model.config)
 
         peers = gpus[: config.num_gpus] if own_ray and config.trainer != "replicated" else []
         walls = unreachable(peers) if len(peers) > 1 else set()

@@ -5,8 +5,10 @@ vLLM's CPU build has no kernel that makes FP8: plain torch takes its place, in v
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,13 @@ import architectures
 import torch
 
 import rlhf_utils as u
-from colocate import fp8, verify
+from colocate import fp8, rounds, verify
 
 
 def replace_kernels() -> None:
     """Of vLLM's, those that a GPU must have. The layer keeps what is made for CUTLASS."""
     import vllm._custom_ops as ops
+    import vllm.model_executor.layers.fused_moe.oracle.fp8 as oracle
     import vllm.model_executor.layers.quantization.online.fp8 as online
 
     def scaled_fp8_quant(weight, scale=None, use_per_token_if_dynamic=False):
@@ -35,6 +38,13 @@ def replace_kernels() -> None:
     nothing = {"process_weights_after_loading": lambda layer: None, "input_quant_key": lambda: None}
     kernel = SimpleNamespace(apply_weights=multiply, **nothing)
     online.init_fp8_linear_kernel = lambda **_: kernel
+
+    def as_it_is(fp8_backend, layer, w13, w2, w13_scale, w2_scale, **_):
+        return w13, w2, w13_scale, w2_scale
+
+    online.select_fp8_moe_backend = lambda **_: (oracle.Fp8MoeBackend.TRITON, object)
+    oracle.convert_to_fp8_moe_kernel_format = as_it_is
+    oracle.make_fp8_moe_kernel = lambda **made: SimpleNamespace(**made)
 
 
 def examine(folder: str, rank: int, world: int, port: int, quantization: str) -> dict:
@@ -68,6 +78,31 @@ def examine(folder: str, rank: int, world: int, port: int, quantization: str) ->
     def wrong() -> list[str]:
         return verify.compare_weights(model, layout, pieces, {})[2]
 
+    worker = fp8.QuantizingExtension()
+    worker.get_model, worker.vllm_config = lambda: model, config
+
+    def push_in_other_ways(recording: u.Recording) -> dict[str, list[str]]:
+        """{way: parameters that then are not what they must be}, by the plans of the worker extension."""
+        control = torch.tensor(rounds.NO_ROUND)
+        in_rounds = {n: [u.Piece.of(t, round=i % 2)] for i, (n, t) in enumerate(weights.items())}
+        in_rounds |= {u.VERSION: pieces[u.VERSION], rounds.ROUND: [u.Piece.of(control)]}
+        by_loaders = dataclasses.replace(recording, copies=[], loaders=list(weights), unprocessed={})
+        found = {}
+        for step, (way, asked, held) in enumerate(
+            [("simple", by_loaders, pieces), ("gather", recording, in_rounds)], 3
+        ):
+            plan = worker.new_plan(asked, held)
+            assert isinstance(plan, rounds.Rounds) == (way == "gather") and not plan.rounds[0].launches
+            change(step)
+            trainer = threading.Thread(target=rounds.send, args=(control, range(2)))
+            if way == "gather":
+                trainer.start()
+            plan.push(step)
+            if way == "gather":
+                trainer.join()
+            found[way] = list(wrong())
+        return found
+
     layout = verify.expected_layout(model, weights)
     shapes = {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}
     with set_current_vllm_config(config):
@@ -76,6 +111,16 @@ def examine(folder: str, rank: int, world: int, port: int, quantization: str) ->
         dropped = {n: s for n, s in shapes.items() if n != next(n for n in shapes if "down_proj" in n)}
         found = {"dropped": architectures.refusal(model, config.model_config, {n: weights[n] for n in dropped}, world)}
         assert digests() == before, "a recording writes nothing"
+        if experts := [m for m in model.modules() if "w13_weight" in m._parameters]:
+            change(1)
+            u.CopyPlan(model, config, recording, pieces).push(1)
+            scale = experts[0].quant_method.moe_quant_config.w1_scale
+            found["another"] = scale.data_ptr() != experts[0].w13_weight_scale.data_ptr()
+            try:
+                worker.new_plan(recording, pieces)
+            except u.NotHandled as error:
+                found["refused"] = str(error)
+            return found
         layers, rest = fp8.find_layers(model, recording, pieces)
         reloading = u.CopyPlan(model, config, recording, pieces)
         quantizing = u.CopyPlan(model, config, rest, pieces, fp8.quantizers(layers))
@@ -91,6 +136,7 @@ def examine(folder: str, rank: int, world: int, port: int, quantization: str) ->
         change(1)
         quantizing.push(1)
         found["differs"] = [n for n, d in digests().items() if d != loaded[n]]
+        found["in_other_ways"] = push_in_other_ways(recording)
         parameter = next(p for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn)
         parameter.data.view(torch.uint8)[3, 5] ^= 128
         found["flipped"] = wrong()

