@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 
 PASS, FAIL, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 # Stages that wait for other processes.
@@ -39,10 +40,13 @@ OWN_ENGINE_ARGS = {
     "quantization": "--rollout-quantization",
     "kv_cache_dtype": "--kv-cache-dtype",
 }
-# Those with which workers have other weights than the push knows.
-UNFIT_ENGINE_ARGS = ("pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "enable_lora")
-# The last is for scales of the KV cache that vLLM computes once, by the weights of then.
-UNFIT_ENGINE_ARGS += ("quantization_config", "calculate_kv_scales")
+# Those with which workers have other weights than the push knows: what to do instead.
+UNFIT_ENGINE_ARGS = dict.fromkeys(
+    ("pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "quantization_config"), "Leave it out"
+)
+UNFIT_ENGINE_ARGS["enable_lora"] = "Try: --lora-rank 16"
+# vLLM would compute them once, by the weights of then.
+UNFIT_ENGINE_ARGS["calculate_kv_scales"] = "Try: --kv-cache-dtype fp8, whose scales are 1"
 QUANTIZATIONS = {"none": None, "fp8": "fp8_per_tensor", "fp8_per_channel": "fp8_per_channel"}  # ours: vLLM's
 QUANTIZATIONS |= {"fp8_per_block": "fp8_per_block"}
 DEFAULT_MODEL = "facebook/opt-125m"
@@ -88,7 +92,10 @@ class OneLine(argparse.ArgumentParser):
     """A user's mistake is one line, without the usage above it."""
 
     def error(self, message: str):
-        self.exit(USAGE, f"rlhf_colocate.py: error: {message}. --help lists the flags\n")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.75) if unknown else []
+        fix = f"Did you mean {near[0]}?" if near else "--help lists the flags"
+        self.exit(USAGE, f"rlhf_colocate.py: error: {message}. {fix}\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +122,9 @@ class Config:
     )
     lora_alpha: float = flag(32.0, "adapters are scaled by this over --lora-rank", above=0)
     tensor_parallel_size: int = flag(2, "GPUs per vLLM engine; num-gpus / this many engines are started", at_least=1)
-    trainer_gpu_share: float = flag(0.4, "share of a GPU that Ray books for a trainer", above=0, below=1)
+    trainer_gpu_share: float = flag(
+        0.4, "share of a GPU that Ray books for a trainer; it bounds no memory", above=0, below=1
+    )
     engine_gpu_share: float = flag(0.4, "share of a GPU that Ray books for an engine's worker", above=0, below=1)
     gpu_memory_utilization: float = flag(
         0.4, "share of each GPU's memory that a vLLM engine may fill", above=0, below=1
@@ -134,15 +143,16 @@ class Config:
     )
     rollout_quantization: str = flag(
         "none",
-        "engines compute in 8 bits, and each push quantizes the trainers' weights as vLLM would: with a scale for each "
-        "weight ('fp8'), each row ('fp8_per_channel') or each 128 x 128 elements ('fp8_per_block'); needs --correction",
+        "engines compute in 8 bits, and each push quantizes the trainers' weights as vLLM would: one scale per tensor "
+        "('fp8'), per row ('fp8_per_channel') or per 128 x 128 block ('fp8_per_block'); needs a --correction, and GPUs "
+        "of compute capability 8.9",
         choices=tuple(QUANTIZATIONS),
     )
     kv_cache_dtype: str = flag(
-        "auto", "'fp8': engines keep keys and values in 8 bits, scale 1; needs --correction", choices=("auto", "fp8")
+        "auto", "'fp8': engines keep keys and values in 8 bits, scale 1; needs a --correction", choices=("auto", "fp8")
     )
     engine_args: str = flag("{}", "any other arguments of vllm.LLM, as a JSON object")
-    enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates slower")
+    enforce_eager: bool = flag(True, "run vLLM without CUDA graphs: starts sooner, generates several times slower")
     push: str = flag(
         "auto",
         "'recorded': map the weights once, replay vLLM's copies; 'simple': handles and vLLM's loaders at each push; "
@@ -225,9 +235,9 @@ class Config:
     epsilon_high: float | None = flag(None, "the same, upwards (default: --epsilon)", type=float, above=0)
     correction: str = flag(
         "none",
-        "for the mismatch of sampler and trainer, by the trainer's log-probabilities of before the step, one forward "
-        "pass more: factors up to a cap for each 'token', or each 'sequence', or 'sequence_mask': 0 above it; 'none': "
-        "the loss has its ratio to the sampler",
+        "weigh by the trainer's probability before the step over the sampler's, which takes a forward pass: each "
+        "'token' or each 'sequence', by --correction-cap at most, or 'sequence_mask', TRL's default: sequences above "
+        "it count nothing; 'none': the loss has its ratio to the sampler",
         choices=("none", "token", "sequence", "sequence_mask"),
     )
     correction_cap: float = flag(3.0, "largest factor of --correction", above=0)
@@ -244,7 +254,9 @@ class Config:
         type=int,
         at_least=1,
     )
-    kl_coef: float = flag(0.0, "weight of the KL to the starting weights, of which it keeps a copy", at_least=0)
+    kl_coef: float = flag(
+        0.0, "weight of the KL to the starting weights, of which each trainer keeps a copy", at_least=0
+    )
     tokens_per_micro_batch: int | None = flag(
         None,
         "tokens per forward and backward pass of a trainer, at most (default: found from free GPU memory)",
@@ -259,7 +271,7 @@ class Config:
     )
     compile: bool = flag(
         True,
-        "on GPUs, let torch fuse the trainers' small kernels, which takes 7 to 25 s in a first step",
+        "on GPUs, let torch fuse the trainers' small kernels, which takes 7 to 70 s in a first step",
     )
     sleep_level: int | str = flag(
         "auto",
@@ -277,7 +289,8 @@ class Config:
     )
     logprob_tolerance: float | None = flag(
         None,
-        "largest mean gap between engine and trainer log-probabilities, nats (default: 0.08; with fp8 0.4)",
+        "largest mean gap between engine and trainer log-probabilities, nats; above it the run fails "
+        "(default: 0.08; with fp8 0.4)",
         type=float,
         above=0,
     )
@@ -424,11 +437,12 @@ class Config:
     def from_args(argv: list[str] | None = None, description: str = "") -> Config:
         formatter = argparse.RawDescriptionHelpFormatter
         usage = "python rlhf_colocate.py [flags]   (--help lists them)"
-        parser = OneLine(usage=usage, description=description, formatter_class=formatter)
+        parser = OneLine(usage=usage, description=description, formatter_class=formatter, allow_abbrev=False)
         for f in dataclasses.fields(Config):
             name = "--" + f.name.replace("_", "-")
             text = f.metadata["help"]
             if isinstance(f.default, bool):
+                text += f" (default: {'on' if f.default else 'off'})"
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
                 continue
             if action := f.metadata.get("action"):
@@ -537,7 +551,7 @@ def check_adapters(config: Config) -> None:
     flags = [("--trainer fsdp", config.trainer == "fsdp"), ("--push gather", config.push == "gather")]
     flags += [(f"--shard-size {config.shard_size}", (config.shard_size or 1) > 1)]
     asked = [flag for flag, given in flags if given]
-    message = f"--lora-rank {config.lora_rank} trains replicas, not shards: {' and '.join(asked)} must go"
+    message = f"--lora-rank {config.lora_rank} does not work with shards. Leave out: {' and '.join(asked)}"
     refuse_unless(not config.lora_rank or not asked, message)
     message = f"--lora-alpha {config.lora_alpha:g} scales adapters, and none are trained. Try: --lora-rank 16"
     message += ", or leave it out"
@@ -587,10 +601,12 @@ def check_engine_args(config: Config, known: set[str]) -> None:
     refuse_unless(isinstance(given, dict), f"--engine-args {config.engine_args} is no JSON object. {example}")
     for name in given:
         flag = OWN_ENGINE_ARGS.get(name)
+        if flag == "--enforce-eager" and given[name] is False:
+            flag = "--no-enforce-eager"
         fix = f"Try: {flag}" if flag else "Leave it out: the layout and the push need it as it is"
-        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which is this script's. {fix}")
-        message = f"--engine-args sets {name}, and no push fits what engines then have. Leave it out"
-        refuse_unless(name not in UNFIT_ENGINE_ARGS, message)
+        refuse_unless(name not in OWN_ENGINE_ARGS, f"--engine-args sets {name}, which this script sets. {fix}")
+        message = f"--engine-args sets {name}, with which engines hold what no push can write"
+        refuse_unless(name not in UNFIT_ENGINE_ARGS, f"{message}. {UNFIT_ENGINE_ARGS.get(name)}")
         near = difflib.get_close_matches(name, known, 1, 0)
         fix = f"Did you mean {near[0]}?" if near else "Leave it out"
         refuse_unless(name in known, f"--engine-args has {name}, which vLLM does not know. {fix}")
@@ -638,7 +654,10 @@ def check_loop(config: Config) -> None:
         f"the {config.num_gpus} trainers. Try: --prompts-per-step {config.num_gpus}",
     )
     flags = " and ".join(config.in_8_bits)
-    message = f"{flags}: the sampler's probabilities are not the trainers', which --correction none takes them for"
+    message = f"{flags}: engines in 8 bits give other probabilities than the trainers, and --correction is none"
     refuse_unless(not flags or config.correction != "none", f"{message}. Try: --correction token")
+    cap = config.correction_cap
+    message = f"--correction-cap {cap:g} bounds what --correction weighs by, and that is none. Try: --correction token"
+    refuse_unless(config.correction != "none" or cap == Config.correction_cap, message)
     message = "--dtype float16 loses small gradients, which vanish in it. Try: --dtype bfloat16, or --steps 0"
     refuse_unless(config.dtype != "float16", message)

@@ -402,8 +402,8 @@ def check_quantization(config: Config, gpus: list[dict], rehearsal: bool, model_
     flags = " and ".join(config.in_8_bits)
     if not flags:
         return
-    message = f"{flags}: vLLM's CPU build has no kernels for it, so it cannot be rehearsed. Leave it out, or take GPUs"
-    refuse_unless(not rehearsal, message)
+    message = f"{flags} needs NVIDIA GPUs of compute capability 8.9 or higher, and this is a rehearsal without any"
+    refuse_unless(not rehearsal, f"{message}. Leave it out", MISSING)
     message = f"{flags} is for weights of 16 bits, and the run is to be in float32. Try: --dtype bfloat16"
     refuse_unless(config.dtype != "float32", message)
     old = next((gpu for gpu in gpus if gpu["capability"] and gpu["capability"] < 8.9), None)

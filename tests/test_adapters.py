@@ -134,9 +134,9 @@ def test_adapters_take_a_fraction_of_the_memory():
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ({"trainer": "fsdp"}, "--lora-rank 8 trains replicas, not shards: --trainer fsdp must go"),
-        ({"push": "gather"}, "--push gather must go"),
-        ({"shard_size": 2}, "--shard-size 2 must go"),
+        ({"trainer": "fsdp"}, "--lora-rank 8 does not work with shards. Leave out: --trainer fsdp"),
+        ({"push": "gather"}, "Leave out: --push gather"),
+        ({"shard_size": 2}, "Leave out: --shard-size 2"),
         ({"lora_rank": 0, "lora_alpha": 8.0}, "--lora-alpha 8 scales adapters, and none are trained. Try: --lora-rank"),
         ({"lora_rank": -1}, "--lora-rank -1 .* at least 0"),
     ],

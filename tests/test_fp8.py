@@ -178,8 +178,8 @@ def test_what_does_not_load_alone_is_left_to_the_loaders():
 @pytest.mark.parametrize(
     ("config", "rehearsal", "capability", "code", "says"),
     [
-        ({"rollout_quantization": "fp8"}, True, None, USAGE, "so it cannot be rehearsed. Leave it out"),
-        ({"kv_cache_dtype": "fp8"}, True, None, USAGE, "--kv-cache-dtype fp8: vLLM's CPU build has no kernels"),
+        ({"rollout_quantization": "fp8"}, True, None, MISSING, "this is a rehearsal without any. Leave it out"),
+        ({"kv_cache_dtype": "fp8"}, True, None, MISSING, "--kv-cache-dtype fp8 needs NVIDIA GPUs"),
         ({"rollout_quantization": "fp8", "dtype": "float32"}, False, 9.0, USAGE, "Try: --dtype bfloat16"),
         ({"rollout_quantization": "fp8_per_channel"}, False, 8.0, MISSING, "and GPU 0 (A100) has 8.0. Leave it out"),
         ({"kv_cache_dtype": "fp8"}, False, 8.0, MISSING, "--kv-cache-dtype fp8 needs GPUs that have FP8, of compute"),

@@ -263,10 +263,15 @@ def test_flags_that_exclude_each_other():
         ("{", "--engine-args { is no JSON object. Try: --engine-args '{"),
         ("[1]", "is no JSON object"),
         ('{"blocksize": 32}', "has blocksize, which vLLM does not know. Did you mean block_size?"),
-        ('{"dtype": "half"}', "sets dtype, which is this script's. Try: --dtype"),
-        ('{"quantization": "awq"}', "sets quantization, which is this script's. Try: --rollout-quantization"),
-        ('{"calculate_kv_scales": true}', "sets calculate_kv_scales, and no push fits what engines then have"),
-        ('{"hf_overrides": {}}', "sets hf_overrides, which is this script's. Leave it out"),
+        ('{"dtype": "half"}', "sets dtype, which this script sets. Try: --dtype"),
+        ('{"quantization": "awq"}', "sets quantization, which this script sets. Try: --rollout-quantization"),
+        ('{"calculate_kv_scales": true}', "hold what no push can write. Try: --kv-cache-dtype fp8, whose scales are 1"),
+        (
+            '{"enable_lora": true}',
+            "sets enable_lora, with which engines hold what no push can write. Try: --lora-rank 16",
+        ),
+        ('{"enforce_eager": false}', "sets enforce_eager, which this script sets. Try: --no-enforce-eager"),
+        ('{"hf_overrides": {}}', "sets hf_overrides, which this script sets. Leave it out"),
     ],
 )
 def test_engine_args_that_vllm_does_not_know_are_refused(given, says):
@@ -275,6 +280,17 @@ def test_engine_args_that_vllm_does_not_know_are_refused(given, says):
     with refused(USAGE, says):
         cc.check_engine_args(Config(engine_args=given), known)
     cc.check_engine_args(Config(engine_args='{"block_size": 32}'), known)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("--num-gpu", "--num-gpu 2. Did you mean --num-gpus?"), ("--nope", "--nope 2. --help lists the flags")],
+)
+def test_a_mistyped_flag_starts_nothing(given, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        Config.from_args([given, "2"])
+    error = capsys.readouterr().err
+    assert ended.value.code == USAGE and error.count("\n") == 1 and says in error
 
 
 def test_the_scripts_own_engine_args_are_all_known():

@@ -32,6 +32,7 @@ def test_every_link_leads_somewhere(page):
 @each_page
 def test_every_flag_and_file_exists(page):
     flags = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    flags |= {f"--no-{name.replace('_', '-')}" for name, f in Config.__dataclass_fields__.items() if f.type == "bool"}
     text = page.read_text()
     for command in re.findall(r"python rlhf_colocate\.py (.*)", text):
         assert set(re.findall(r"--[\w-]+", command.split("#")[0])) <= flags, command
