@@ -398,9 +398,9 @@ SIDES = {
 }
 
 
-def trl_rows(file: str = "*", **wanted) -> list[dict]:
+def trl_rows(file: str, **wanted) -> list[dict]:
     """Rows of bench_trl.py that have these values. file: one of `trl_files`; each is of one host."""
-    rows = [row for r in load(f"trl-{file}.json").values() for row in r["rows"]]
+    rows = load(f"trl-{file}.json")[f"trl-{file}"]["rows"]
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
@@ -408,12 +408,12 @@ def trl_files() -> list[str]:
     return [name.removeprefix("trl-") for name in load("trl-*.json")]
 
 
-def our_runs(lengths: str, model: str = SHAPE, sleep: bool = True, file: str = "*") -> list[dict]:
+def our_runs(lengths: str, file: str, model: str = SHAPE, sleep: bool = True) -> list[dict]:
     """Our runs on one GPU, with our defaults."""
     return trl_rows(file, gpus=1, side="ours", variant="default", lengths=lengths, model=model, sleep=sleep)
 
 
-def their_runs(lengths: str, off: bool = False, model: str = SHAPE, file: str = "*") -> list[dict]:
+def their_runs(lengths: str, file: str, model: str = SHAPE, off: bool = False) -> list[dict]:
     """TRL's runs on one GPU with the shorter mean step, of those with its correction on or off."""
     kinds: dict[tuple, list[dict]] = {}
     for row in trl_rows(file, gpus=1, side="trl", lengths=lengths, model=model, sleep=True):
@@ -470,18 +470,17 @@ def step_ratio(
     lengths: str, file: str, name: str = "step_s_mean", model: str = SHAPE, off: bool = False
 ) -> float | None:
     """Ours to the better of TRL's, on one host."""
-    theirs = their_runs(lengths, off=off, model=model, file=file)
-    return ratio(our_runs(lengths, model=model, file=file), theirs, name)
+    return ratio(our_runs(lengths, file, model), their_runs(lengths, file, model, off), name)
 
 
 def trl_goals() -> str:
     """Ours beside TRL on one GPU: one value for each host that has both sides, or says "not measured"."""
 
     def longest(lengths: str, file: str) -> float | None:
-        return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths, file=file)), default=None)
+        return max((row["step_s_max"] / row["step_s_p50"] for row in our_runs(lengths, file)), default=None)
 
     def flop_share(file: str) -> float | None:
-        own = our_runs("full", "Qwen2.5-3B", file=file)
+        own = our_runs("full", file, model="Qwen2.5-3B")
         shares = [6 * r["parameters"] * (r["tokens"] + r["prompt_tokens"]) / r["train_s"] / PEAK_FLOPS for r in own]
         return statistics.fmean(shares) if shares else None
 
@@ -491,7 +490,7 @@ def trl_goals() -> str:
 
     def peak(file: str) -> float | None:
         fp32 = trl_rows(file, gpus=1, side="trl", variant="fp32", lengths="full", model=SHAPE, sleep=True)
-        return ratio(our_runs("full", file=file), fp32, "peak_gib")
+        return ratio(our_runs("full", file), fp32, "peak_gib")
 
     def times(value: float) -> str:
         return f"{value:.2f} ×"
@@ -517,12 +516,13 @@ def trl_goals() -> str:
         goal(f"step, {lengths} lengths, correction on", bound, times, functools.partial(step_ratio, lengths))
     for lengths in ("uneven", "full"):
         goal(f"step, {lengths} lengths, correction off", 0.7, times, functools.partial(step_ratio, lengths, off=True))
-    goal("train, full lengths", 0.4, seconds, lambda file: mean(our_runs("full", file=file), "train_s"))
+    goal("train, full lengths", 0.4, seconds, lambda file: mean(our_runs("full", file), "train_s"))
     for lengths in ("uneven", "full"):
         goal(f"longest step, {lengths} lengths, beside the median", 1.3, times, functools.partial(longest, lengths))
     goal("hand-over, full lengths", 0.5, times, lambda file: step_ratio("full", file, "handover_s"))
-    awake = functools.partial(our_runs, "full", sleep=False)
-    goal("hand-over, engines awake", 0.02, seconds, lambda file: mean(awake(file=file), "handover_s"))
+    goal(
+        "hand-over, engines awake", 0.02, seconds, lambda file: mean(our_runs("full", file, sleep=False), "handover_s")
+    )
     goal("peak GPU memory, beside float32 weights", 1.0, times, peak)
     for caches in ("warm", "cold"):
         text = f"start to first step, {caches} caches"
@@ -570,11 +570,11 @@ def numbers() -> str:
     theirs = pushed["vllm"]["wall_ms_p50"]
     # Of the hosts with all of both sides, the one on which TRL is less far behind.
     file = max(trl_files(), key=lambda file: step_ratio("full", file) or 0)
-    ours = our_runs("full", file=file)
+    ours = our_runs("full", file)
     step = mean(ours, "step_s_mean")
     handover = mean(ours, "handover_s")
-    of_trl = mean(their_runs("full", file=file), "step_s_mean")
-    off = mean(their_runs("full", off=True, file=file), "step_s_mean")
+    of_trl = mean(their_runs("full", file), "step_s_mean")
+    off = mean(their_runs("full", file, off=True), "step_s_mean")
     start = statistics.median(load("startup-2xh100.json")["startup-2xh100"]["first_verified_push_s"])
     drilled = {row["drill"]: row for row in load("drills-1xh100.json")["drills-1xh100"]["rows"]}
     killed = ("kill-worker-idle", "kill-worker-rollout", "kill-worker-push", "kill-engine")

@@ -182,8 +182,8 @@ class PlainQuantizer:
 class Quantizer:
     """Some layers, with scales of one kind, by Triton's kernels.
 
-    The largest element of a tensor is known only when all of it was read. Mostly it is the last push's: so one pass
-    reads the weights, quantizes by that and finds the largest, and a second one does again what has guessed wrong.
+    The largest element of a tensor is known only when all of it was read. It may be the last push's: so one pass reads
+    the weights, quantizes by that and finds the largest, and a second one does again what has guessed wrong.
     state: int32, (2, layers): bits of the largest elements, the last push's and this one's.
     """
 
@@ -237,9 +237,8 @@ def tables(layers: list[Layer]) -> dict[tuple[int, bool], torch.Tensor]:
             # Targets are counted from the weight's beginning at first.
             start = 0 if dst.is_meta else dst.storage_offset() - layer.weight.storage_offset()
             whole = np.array([[src.data_ptr(), start, rows, width, *steps, number, layer.scale.data_ptr()]])
-            tiles = cut_tiles(
-                whole, max(TILE, width) if layer.by_row else TILE, (2, 1)
-            ).numpy()  # by row: of whole rows
+            size = max(TILE, width) if layer.by_row else TILE  # by row: of whole rows
+            tiles = cut_tiles(whole, size, (2, 1)).numpy()
             if layer.by_row:
                 tiles[:, 7] += 4 * (tiles[:, 1] // layer.weight.shape[1])
             tiles[:, 1] = 0 if dst.is_meta else tiles[:, 1] + layer.weight.data_ptr()
@@ -252,7 +251,7 @@ def tables(layers: list[Layer]) -> dict[tuple[int, bool], torch.Tensor]:
 @functools.cache
 def kernels() -> tuple:
     """(by rows, first pass, second pass, {dtype: Triton's}). ALIGNED lets the compiler read 16 bytes at once."""
-    global tl, load_tile, to_fp8  # where the compiler looks; a machine without a GPU may not have Triton
+    global tl, load_tile, load_block, to_fp8  # where the compiler looks; a machine without a GPU may not have Triton
     import triton
     import triton.language as tl
 
@@ -274,6 +273,14 @@ def kernels() -> tuple:
         return src, dst, rows, width, src_stride, dst_stride
 
     @triton.jit
+    def load_block(src, src_stride, row, column, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """(rows and columns of a block of a tile, which of them there are, their values)"""
+        i = row + tl.arange(0, ROWS)[:, None]
+        j = column + tl.arange(0, COLS)[None, :]
+        inside = (i < rows) & (j < width)
+        return i, j, inside, tl.load(src + i * src_stride + j, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
     def to_fp8(values):
         return tl.maximum(tl.minimum(values, 448.0), -448.0).to(tl.float8e4nv)
 
@@ -290,10 +297,7 @@ def kernels() -> tuple:
             most = tl.zeros([ROWS, COLS], tl.float32)
             for row in range(0, rows, ROWS):
                 for column in range(0, width, COLS):
-                    i = row + tl.arange(0, ROWS)[:, None]
-                    j = column + tl.arange(0, COLS)[None, :]
-                    inside = (i < rows) & (j < width)
-                    values = tl.load(src + i * src_stride + j, mask=inside, other=0.0).to(tl.float32)
+                    i, j, inside, values = load_block(src, src_stride, row, column, rows, width, ROWS, COLS)
                     most = tl.maximum(most, tl.abs(values))
                     tl.store(dst + i * dst_stride + j, to_fp8(values * inverse), mask=inside & written)
             bits = tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True)  # of what is not negative, in the same order
@@ -315,10 +319,7 @@ def kernels() -> tuple:
                 inverse = tl.div_rn(1.0, scale)
                 for row in range(0, rows, ROWS):
                     for column in range(0, width, COLS):
-                        i = row + tl.arange(0, ROWS)[:, None]
-                        j = column + tl.arange(0, COLS)[None, :]
-                        inside = (i < rows) & (j < width)
-                        values = tl.load(src + i * src_stride + j, mask=inside, other=0.0).to(tl.float32)
+                        i, j, inside, values = load_block(src, src_stride, row, column, rows, width, ROWS, COLS)
                         tl.store(dst + i * dst_stride + j, to_fp8(values * inverse), mask=inside)
 
     @triton.jit(do_not_specialize=["tiles"])
@@ -328,12 +329,9 @@ def kernels() -> tuple:
             src, dst, rows, width, src_stride, dst_stride = load_tile(entry, HALF, ALIGNED)
             scales = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
             for row in range(0, rows, ROWS):
-                i = row + tl.arange(0, ROWS)
-                j = tl.arange(0, COLS)[None, :]
-                inside = (i[:, None] < rows) & (j < width)
-                values = tl.load(src + i[:, None] * src_stride + j, mask=inside, other=0.0).to(tl.float32)
-                scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), 1), 448.0), 1 / (448.0 * 512))
+                i, j, inside, values = load_block(src, src_stride, row, 0, rows, width, ROWS, COLS)
+                scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), 1), 448.0), 1 / (448.0 * 512))[:, None]
                 tl.store(scales + i, scale, mask=i < rows)
-                tl.store(dst + i[:, None] * dst_stride + j, to_fp8(tl.div_rn(values, scale[:, None])), mask=inside)
+                tl.store(dst + i * dst_stride + j, to_fp8(tl.div_rn(values, scale)), mask=inside)
 
     return by_rows, first_pass, second_pass, {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

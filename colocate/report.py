@@ -219,10 +219,9 @@ class Report:
 
         Raises Stop with all checks that have failed.
         """
-        checks = self.data["verify"]
-        failed = {name: summary(check["wrong"]) for name, check in checks.items() if not check["ok"]}
-        if failed:
-            raise Stop("; ".join(f"{name}: {wrong}" for name, wrong in failed.items()))
+        verify = self.data["verify"]
+        if failed := [name for name, check in verify.items() if not check["ok"]]:
+            raise Stop("; ".join(f"{name}: {summary(verify[name]['wrong'])}" for name in failed))
         self.data["first_verified_push_s"] = round(self.elapsed(), 3)
         n = self.config.num_engines
         pairs = list(zip(before[::n], after[::n], strict=True))[:2]

@@ -320,36 +320,46 @@ def _scales_are_shared() -> bool:
     return hasattr(quant_utils, "amax_for_tp_weight_quant")
 
 
-class Quantized:
-    """A layer's weight as it was before vLLM quantized it, put together from the trainer's, and what must come of it.
+class AsLoaded:
+    """A layer's weight as it was before vLLM quantized it, put together from the trainer's.
 
-    A scale is a float32, of a tensor or of each row: the largest element over 448.
+    weight, scale: the engine's, the weight (out, in) and without what its kernel pads. regions: of which it consists.
     """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, regions: int):
+        self.weight = weight
+        self.scale = scale
+        self.missing = regions
+
+    def add(self, region: Region, weight: torch.Tensor) -> None:
+        """weight: the whole one of the checkpoint."""
+        if not hasattr(self, "before"):
+            self.before = torch.zeros_like(self.weight, dtype=region.dtype)
+        self.before[region.dst].copy_(region.source(weight))
+        self.missing -= 1
+
+    def numel(self) -> int:
+        return self.weight.numel() + self.scale.numel()
+
+
+class Quantized(AsLoaded):
+    """And what must come of it, with a scale of a tensor or of each row: a float32, the largest element over 448."""
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int, shared: bool):
         """weight (in, out) and scale: the engine's, maybe padded for its kernel. shape: without that, (out, in).
 
         shared: the largest element is of all tensor-parallel ranks' parts, not of this one's.
         """
-        self.weight = weight.t()[: shape[0], : shape[1]]
-        self.scale = scale[: shape[0]]
-        self.missing = regions
+        super().__init__(weight.t()[: shape[0], : shape[1]], scale[: shape[0]], regions)
         self.shared = shared
+        self.rows = torch.zeros(shape[0], device=weight.device)  # largest elements, over all ranks
+        self.whole = self.rows.new_zeros(1)
 
     def add(self, region: Region, weight: torch.Tensor) -> None:
-        """weight: the whole one of the checkpoint."""
-        if not hasattr(self, "before"):
-            self.before = torch.zeros_like(self.weight, dtype=region.dtype)
-            self.rows = torch.zeros_like(self.before[:, 0], dtype=torch.float32)  # largest elements, over all ranks
-            self.whole = self.rows.new_zeros(1)
-        self.before[region.dst].copy_(region.source(weight))
+        super().add(region, weight)
         weight = weight.t() if region.transposed else weight
         self.rows[region.dst[:1]] = weight[region.src[:1]].abs().amax(1).float()
         self.whole = torch.maximum(self.whole, weight.abs().amax().float())
-        self.missing -= 1
-
-    def numel(self) -> int:
-        return self.weight.numel() + self.scale.numel()
 
     def wrong(self) -> int:
         """How many elements of the engine's weight and scale are not what they must be. Forgets the weight."""
@@ -374,7 +384,7 @@ class Quantized:
         return wrong
 
 
-class QuantizedInBlocks:
+class QuantizedInBlocks(AsLoaded):
     """The same with a scale for each BLOCK x BLOCK elements, from the block's largest element. Within bounds, not bits:
     torch's compiler makes vLLM's arithmetic, which may round in other ways, and DeepGEMM rounds scales up to powers of
     two, and the weight once more.
@@ -382,19 +392,7 @@ class QuantizedInBlocks:
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size, regions: int):
         """weight (out, in) and scale: the engine's. shape: the weight's without what its kernel pads."""
-        self.weight = weight[: shape[0], : shape[1]]
-        self.scale = scale
-        self.missing = regions
-
-    def add(self, region: Region, weight: torch.Tensor) -> None:
-        """weight: the whole one of the checkpoint."""
-        if not hasattr(self, "before"):
-            self.before = torch.zeros_like(self.weight, dtype=region.dtype)
-        self.before[region.dst].copy_(region.source(weight))
-        self.missing -= 1
-
-    def numel(self) -> int:
-        return self.weight.numel() + self.scale.numel()
+        super().__init__(weight[: shape[0], : shape[1]], scale, regions)
 
     def wrong(self) -> int:
         """How many elements of the engine's weight and scale are further off than roundings are. Forgets the weight."""
